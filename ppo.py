@@ -1,0 +1,677 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium>=1.1,<1.4",
+#     "numpy>=1.26,<3",
+#     "tensorboard>=2.18,<3",
+#     "torch>=2.9,<2.14",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+# ]
+# ///
+"""Proximal policy optimisation (PPO) with the clipped surrogate objective, in PyTorch.
+
+The policy gradient of vpg_advantage.py is exact only for the policy that played the batch, so a batch is good for
+about one step. PPO takes many, on a surrogate that pays nothing for moving the probability ratio r_t further than
+eps from 1:
+
+    maximise  E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ],   r_t = pi(a_t|s_t) / pi_old(a_t|s_t)    [1, eq. 7]
+
+with a squared error for the value and an entropy bonus beside it [1, eq. 9], and A_t the generalised advantage
+
+    delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                               [1, eq. 12]
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                        [1, eq. 11; 2, eq. 16]
+
+A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
+the cut. Only `terminated` says that nothing follows; `done`, either of the two, stops the sum.
+
+[1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+[2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+
+Shapes: time comes first. T = num_steps, N = num_envs, B = T * N; D and A are the sizes of an observation and a Box
+action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
+
+Run:   python ppo.py --env-id CartPole-v1
+Diff:  diff vpg_advantage.py ppo.py (what clipping adds), diff ppo.py ppo_jax.py (the same in JAX)
+"""
+
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ===================================================== Arguments ======================================================
+
+
+def bounded(default, interval: str):
+    """A flag whose value, or each of whose values, must lie in `interval`, written as in mathematics: "(0, 1]"."""
+    return field(default=default, metadata={"interval": interval})
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train an agent by PPO; the log, the arguments and the checkpoint go to a new folder under runs/."""
+
+    exp_name: str = "ppo"  # name of the experiment, part of the run folder's name
+    env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
+    seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
+    total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
+    cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
+    capture_video: bool = False  # record the evaluation to <run folder>/videos
+    save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
+    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
+    eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
+    eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
+    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    learning_rate: float = bounded(1e-3, "(0, inf)")  # step size of Adam
+    anneal_lr: bool = True  # lower it linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
+    num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
+    gamma: float = bounded(0.98, "[0, 1]")  # discount factor
+    gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
+    num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
+    update_epochs: int = bounded(10, "[1, inf)")  # passes over each batch
+    norm_adv: bool = True  # standardise the advantages of each minibatch
+    norm_obs: bool = False  # standardise observations by their running mean and variance
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    clip_coef: float = bounded(0.2, "(0, inf)")  # eps, how far the probability ratio may move with profit
+    clip_vloss: bool = False  # clip the change of the value as well
+    target_kl: float | None = bounded(None, "(0, inf)")  # end the update after an epoch whose mean KL is above this
+    ent_coef: float = bounded(0.0, "[0, inf)")  # weight of the entropy bonus
+    vf_coef: float = bounded(0.5, "[0, inf)")  # weight of the value loss
+    max_grad_norm: float = bounded(0.5, "(0, inf)")  # longer gradients are scaled down to this norm
+    hidden_sizes: tuple[int, ...] = bounded((64, 64), "[1, inf)")  # widths of the hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError, naming the flag, for values that make no run."""
+    for f in fields(args):
+        value, interval = getattr(args, f.name), f.metadata.get("interval")
+        if interval is None or value is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        for x in value if isinstance(value, tuple) else (value,):
+            if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
+                raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+    if args.batch_size % args.num_minibatches:
+        raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the batch of {args.batch_size} steps")
+    if args.total_timesteps < args.batch_size:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
+    if args.eval_only and args.resume is None:
+        raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
+    if args.capture_video and find_spec("moviepy") is None:
+        raise ValueError("--capture-video: needs moviepy: pip install moviepy")
+
+
+# ==================================================== Environment =====================================================
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment with a vector as observation, and actions that are Discrete from 0 or a Box around [-1, 1].
+
+    Raises ValueError for an id that cannot be made and for spaces that an MLP cannot serve.
+    """
+    try:
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
+            raise ValueError(f"image observations {space} need a convolutional network")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            raise ValueError(f"observations {space} have no fixed size")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+
+        space = env.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            return gym.wrappers.TransformAction(env, lambda a: a + space.start, gym.spaces.Discrete(space.n))
+        if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+            raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+        # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+        both = np.isfinite(space.low) & np.isfinite(space.high)
+        middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
+        half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+        return gym.wrappers.TransformAction(
+            env,
+            lambda a: np.clip(middle + half * a.reshape(space.shape), space.low, space.high),
+            gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),)),
+        )
+    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+        raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+
+
+def env_seeds(seed: int, step: int, count: int) -> list[int]:
+    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators."""
+    return np.random.SeedSequence((seed, step)).generate_state(count).tolist()
+
+
+# ====================================================== Networks ======================================================
+
+
+def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    layers = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows seen, merged a batch at a time (Chan et al. 1979)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, x: torch.Tensor) -> None:
+        """x: [..., size]."""
+        x = x.flatten(0, -2)
+        delta, total = x.mean(0) - self.mean, self.count + len(x)
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(squares / total)
+        self.count.copy_(total)
+
+
+class Agent(nn.Module):
+    """Policy and value network, and the statistics that scale their inputs and targets.
+
+    The policy is a softmax over Discrete actions, or a Gaussian over Box actions whose log standard deviations are
+    parameters that do not depend on the state.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__()
+        space = envs.single_action_space
+        self.discrete = isinstance(space, gym.spaces.Discrete)
+        self.norm_obs = args.norm_obs
+        obs_size = envs.single_observation_space.shape[0]
+        action_size = int(space.n) if self.discrete else space.shape[0]
+        self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)
+        self.critic = mlp((obs_size, *args.hidden_sizes, 1), args.activation, gain=1.0)
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
+        self.obs_stats = RunningMeanStd(obs_size)
+        self.return_stats = RunningMeanStd(1)
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        if not self.norm_obs:
+            return obs
+        return ((obs - self.obs_stats.mean) / (self.obs_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(s): [..., D] -> [...]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+        """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+        out = self.actor(self.normalize(obs))
+        if greedy:
+            return out.argmax(-1) if self.discrete else out
+        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+            return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
+        return out + self.log_std.exp() * torch.randn_like(out)
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        out = self.actor(self.normalize(obs))
+        if self.discrete:
+            logp = out.log_softmax(-1)
+            return logp.gather(-1, action[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+        z = (action - out) / self.log_std.exp()
+        logp = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return logp, entropy.expand(logp.shape)
+
+
+# ======================================================== Data ========================================================
+
+
+class Batch(NamedTuple):
+    """What one rollout saw: NumPy arrays where they are collected, tensors on the device in the update."""
+
+    obs: np.ndarray  # [T, N, D]
+    action: np.ndarray  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    reward: np.ndarray  # [T, N]
+    next_obs: np.ndarray  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
+    terminated: np.ndarray  # [T, N] the task itself ended
+    truncated: np.ndarray  # [T, N] a time limit cut the episode
+    episode_return: np.ndarray  # [T, N] undiscounted return of the episode that ended here, if one did
+    episode_length: np.ndarray  # [T, N] and its number of steps
+
+    @property
+    def done(self) -> np.ndarray:  # [T, N]
+        return 1 - (1 - self.terminated) * (1 - self.truncated)
+
+
+class Minibatch(NamedTuple):
+    """What the loss needs of some steps, in random order."""
+
+    obs: torch.Tensor  # [M, D]
+    action: torch.Tensor  # [M] or [M, A]
+    adv: torch.Tensor  # [M]
+    ret: torch.Tensor  # [M]
+    logp_old: torch.Tensor  # [M]
+    value_old: torch.Tensor  # [M]
+
+
+@dataclass
+class State:
+    """All that changes during training."""
+
+    agent: Agent
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    recent_returns: deque  # of the last --return-window episodes
+    obs: np.ndarray  # [N, D] what each environment shows now
+    running_return: torch.Tensor  # [N] discounted return of each episode in progress, for --norm-reward
+    step: int = 0  # environment steps
+    iteration: int = 0  # rollouts and updates
+
+
+class Result(NamedTuple):
+    """What `train` returns."""
+
+    agent: Agent
+    episode_returns: np.ndarray  # [episodes] undiscounted training returns, in the order in which they finished
+    episode_steps: np.ndarray  # [episodes] the environment step at which each finished
+    eval_returns: np.ndarray  # [eval_episodes]
+    run_dir: Path
+
+
+# ======================================================== Math ========================================================
+
+
+def gae(
+    reward: torch.Tensor,
+    value: torch.Tensor,
+    next_value: torch.Tensor,
+    terminated: torch.Tensor,
+    done: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> torch.Tensor:
+    """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
+    # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
+    delta = reward + gamma * (1 - terminated) * next_value - value
+    # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
+    decay = gamma * gae_lambda * (1 - done)
+    adv, following = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        adv[t] = following = delta[t] + decay[t] * following
+    return adv
+
+
+def running_returns(
+    reward: torch.Tensor, done: torch.Tensor, carry: torch.Tensor, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
+
+    C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
+    """
+    ret = torch.empty_like(reward)
+    for t in range(len(reward)):
+        ret[t] = reward[t] + gamma * carry
+        carry = (1 - done[t]) * ret[t]
+    return ret, carry
+
+
+def standardize(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+def policy_loss(logp: torch.Tensor, logp_old: torch.Tensor, adv: torch.Tensor, clip_coef: float) -> torch.Tensor:
+    """The clipped surrogate, negated: [...] -> scalar."""
+    ratio = (logp - logp_old).exp()
+    # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    (Schulman et al. 2017, eq. 7)
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
+
+
+def value_loss(
+    value: torch.Tensor, value_old: torch.Tensor, ret: torch.Tensor, clip_coef: float | None
+) -> torch.Tensor:
+    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
+    larger of that error and of the error that a value at most `clip_coef` from the old one would have."""
+    error = (value - ret) ** 2
+    if clip_coef is not None:
+        clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped - ret) ** 2)
+    return 0.5 * error.mean()
+
+
+def approx_kl(logp: torch.Tensor, logp_old: torch.Tensor) -> torch.Tensor:
+    """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
+    log_ratio = logp - logp_old
+    # E[(r - 1) - log r]; r - 1 through expm1, or rounding makes it negative where r is close to 1
+    return (log_ratio.expm1() - log_ratio).mean()
+
+
+# ====================================================== Rollout =======================================================
+
+
+@torch.inference_mode()
+def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
+    """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
+    in one pass over the whole batch, with the same weights."""
+    obs = np.empty((args.num_steps, *state.obs.shape), np.float32)
+    next_obs = np.empty_like(obs)
+    action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
+    scalars = np.zeros((5, args.num_steps, args.num_envs), np.float32)
+    reward, terminated, truncated, episode_return, episode_length = scalars
+    for t in range(args.num_steps):
+        obs[t] = state.obs
+        action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
+        state.obs, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
+        next_obs[t] = state.obs
+        if "final_obs" in info:  # `state.obs` of these environments is a reset one
+            ended = info["_final_obs"]
+            next_obs[t, ended] = np.stack(info["final_obs"][ended])
+            episode_return[t] = info["final_info"]["episode"]["r"]
+            episode_length[t] = info["final_info"]["episode"]["l"]
+    return state, Batch(obs, action, reward, next_obs, terminated, truncated, episode_return, episode_length)
+
+
+# ======================================================= Update =======================================================
+
+
+def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of a minibatch (Schulman et al. 2017, eq. 9, negated), and what to log."""
+    logp, entropy = agent.log_prob(mb.obs, mb.action)
+    adv = standardize(mb.adv) if args.norm_adv else mb.adv
+    policy = policy_loss(logp, mb.logp_old, adv, args.clip_coef)
+    value = value_loss(agent.value(mb.obs), mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
+    loss = policy + args.vf_coef * value - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": policy, "value_loss": value, "entropy": entropy.mean()}
+    with torch.no_grad():
+        metrics["approx_kl"] = approx_kl(logp, mb.logp_old)
+        metrics["clipfrac"] = ((logp - mb.logp_old).expm1().abs() > args.clip_coef).float().mean()
+    return loss, metrics
+
+
+def update(state: State, batch: Batch, args: Args, learning_rate: float) -> tuple[State, dict[str, float]]:
+    """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
+    agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
+    batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
+    with torch.no_grad():
+        reward = batch.reward
+        if args.norm_reward:
+            running, state.running_return = running_returns(reward, batch.done, state.running_return, args.gamma)
+            agent.return_stats.update(running[..., None])
+            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+        value, next_value = agent.value(batch.obs), agent.value(batch.next_obs)
+        logp, _ = agent.log_prob(batch.obs, batch.action)
+        adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
+        ret = adv + value
+    data = Minibatch(*(x.flatten(0, 1) for x in (batch.obs, batch.action, adv, ret, logp, value)))
+
+    optimizer.param_groups[0]["lr"] = learning_rate
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(args.batch_size, device=state.device)
+        for rows in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
+            loss, metrics = loss_fn(agent, Minibatch(*rows), args)
+            optimizer.zero_grad()
+            loss.backward()
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            optimizer.step()
+            history.append(torch.stack([x.detach() for x in metrics.values()]))
+        epoch = dict(zip(metrics, torch.stack(history[-args.num_minibatches :]).mean(0), strict=True))
+        if args.target_kl is not None and epoch["approx_kl"] > args.target_kl:
+            break
+    if args.norm_obs:  # not before: the policy that learns must be the one that played
+        agent.obs_stats.update(batch.obs)
+    metrics = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
+    metrics["explained_variance"] = 1 - ((ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)).item()
+    return state, metrics
+
+
+# ============================================= Checkpoint and evaluation ==============================================
+
+
+def identity(args: Args) -> dict:
+    """What a checkpoint must share with the run that loads it."""
+    names = ("env_id", "hidden_sizes", "activation", "norm_obs")
+    return {"format": 1, "script": "ppo.py"} | {name: getattr(args, name) for name in names}
+
+
+def save(state: State, args: Args, run_dir: Path) -> None:
+    """Write checkpoint.pt, whole or not at all: under another name first, then renamed."""
+    checkpoint = {
+        "identity": identity(args),
+        "args": asdict(args),
+        "agent": state.agent.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if state.device.type == "cuda" else None,
+        "recent_returns": list(state.recent_returns),
+        "step": state.step,
+        "iteration": state.iteration,
+    }
+    torch.save(checkpoint, run_dir / "partial.pt")
+    (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
+
+
+def load(state: State, args: Args) -> Path:
+    """Fill `state` from the checkpoint of --resume and return its run folder. Raises ValueError if it does not fit."""
+    path = Path(args.resume)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        # weights_only admits tensors and plain Python values: a stranger's file cannot run code
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["identity"]
+    except Exception as error:  # torch.load raises a dozen kinds
+        raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
+    for name, ours in identity(args).items():
+        if theirs.get(name) != ours:
+            raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
+    try:
+        state.agent.load_state_dict(saved["agent"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None and state.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        state.recent_returns.extend(saved["recent_returns"])
+        state.step, state.iteration = saved["step"], saved["iteration"]
+    except Exception as error:
+        raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
+    return path.parent
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
+    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
+    run_dir = next(path for path in paths if not path.exists())
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
+    return run_dir
+
+
+@torch.inference_mode()
+def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
+    """Undiscounted returns of `eval_episodes` whole episodes, from seeds that training never uses."""
+    env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
+    returns = np.zeros(args.eval_episodes)
+    for i, seed in enumerate(env_seeds(args.seed + 2**32, 0, args.eval_episodes)):
+        obs, _ = env.reset(seed=seed)
+        done = False
+        while not done:
+            obs = torch.from_numpy(np.asarray(obs, np.float32)).to(state.device)
+            action = state.agent.act(obs, greedy=not args.eval_sample).cpu().numpy()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[i] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+# ====================================================== Training ======================================================
+
+
+class StopSignal:
+    """Remembers a Ctrl-C or SIGTERM, so that the iteration can end and be saved. A second one stops at once."""
+
+    number = 0
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
+    """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
+    episodes = []
+    last_step = args.num_iterations * args.batch_size
+    start, first_step = time.perf_counter(), state.step
+    state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+    with (
+        StopSignal() as stop,
+        SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
+        tqdm(total=last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
+    ):
+        writer.add_text("arguments", json.dumps(asdict(args)), state.step)
+        while state.step < last_step and not stop.number:
+            learning_rate = args.learning_rate * (1 - state.step / last_step if args.anneal_lr else 1)
+            state, batch = rollout(state, envs, args)
+            state, metrics = update(state, batch, args, learning_rate)
+            steps = state.step + args.num_envs * np.arange(1, args.num_steps + 1)  # [T] after each row of the batch
+            state.step, state.iteration = int(steps[-1]), state.iteration + 1
+            if not all(map(math.isfinite, metrics.values())):
+                saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
+                raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
+
+            for t, n in np.argwhere(batch.done):
+                writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], steps[t])
+                writer.add_scalar("charts/episodic_length", batch.episode_length[t, n], steps[t])
+                state.recent_returns.append(float(batch.episode_return[t, n]))
+                episodes.append((state.recent_returns[-1], int(steps[t])))
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value, state.step)
+            writer.add_scalar("charts/learning_rate", learning_rate, state.step)
+            writer.add_scalar("charts/SPS", (state.step - first_step) / (time.perf_counter() - start), state.step)
+            mean_return = sum(state.recent_returns) / max(len(state.recent_returns), 1)
+            bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+            bar.update(min(state.step, last_step) - bar.n)
+
+            if args.save_every and state.iteration % args.save_every == 0:
+                writer.flush()
+                save(state, args, run_dir)
+            full = len(state.recent_returns) == args.return_window
+            if args.target_return is not None and full and mean_return >= args.target_return:
+                break
+        save(state, args, run_dir)
+    if stop.number:
+        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.number)
+    return episodes
+
+
+def train(args: Args) -> Result:
+    """Train one agent, or with --eval-only evaluate it.
+
+    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
+    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    """
+    check_args(args)
+    if args.cuda and not torch.cuda.is_available():
+        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    with closing(make_envs(args)) as envs:
+        agent = Agent(envs, args).to(device)
+        state = State(
+            agent=agent,
+            optimizer=torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True),
+            device=device,
+            recent_returns=deque(maxlen=args.return_window),
+            obs=np.zeros(envs.observation_space.shape),
+            running_return=torch.zeros(args.num_envs, device=device),
+        )
+        run_dir = load(state, args) if args.resume else make_run_dir(args)
+        finished = state.step >= args.num_iterations * args.batch_size
+        episodes = [] if finished or args.eval_only else learn(state, envs, args, run_dir)
+    if finished and not args.eval_only:
+        print(f"nothing to train: {run_dir} is at step {state.step} already")
+        eval_returns = np.zeros(0)
+    else:
+        eval_returns = evaluate(state, args, run_dir)
+        if args.eval_episodes:
+            n = args.eval_episodes
+            print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {n} episodes")
+        print(run_dir)
+    returns, steps = np.array(episodes, dtype=float).reshape(-1, 2).T
+    return Result(agent, returns, steps.astype(int), eval_returns, run_dir)
+
+
+def main() -> None:
+    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    try:
+        train(tyro.cli(Args))
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
