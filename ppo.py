@@ -45,6 +45,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -141,11 +142,23 @@ def check_args(args: Args) -> None:
 # ==================================================== Environment =====================================================
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """One environment with a vector as observation, and actions that are Discrete from 0 or a Box around [-1, 1].
+def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
+    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    if isinstance(space, gym.spaces.Discrete):
+        return gym.spaces.Discrete(space.n), lambda action: action + space.start
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    both = np.isfinite(space.low) & np.isfinite(space.high)
+    middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
+    half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+    frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
+    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
-    Raises ValueError for an id that cannot be made and for spaces that an MLP cannot serve.
-    """
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
+    and for spaces that an MLP cannot serve."""
     try:
         env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
         space = env.observation_space
@@ -155,22 +168,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env = gym.wrappers.FlattenObservation(env)
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-
-        space = env.action_space
-        if isinstance(space, gym.spaces.Discrete):
-            return gym.wrappers.TransformAction(env, lambda a: a + space.start, gym.spaces.Discrete(space.n))
-        if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-            raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-        # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
-        both = np.isfinite(space.low) & np.isfinite(space.high)
-        middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
-        half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
-        return gym.wrappers.TransformAction(
-            env,
-            lambda a: np.clip(middle + half * a.reshape(space.shape), space.low, space.high),
-            gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),)),
-        )
+        space, to_env = action_frame(env.action_space)
+        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
