@@ -46,7 +46,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -96,6 +96,10 @@ class Args:
     max_grad_norm: float = bounded(0.5, "(0, inf)")  # longer gradients are scaled down to this norm
     hidden_sizes: tuple[int, ...] = bounded((64, 64), "[1, inf)")  # widths of the hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+
+    @property
+    def last_step(self) -> int:
+        return self.total_timesteps
 
 
 def check_args(args: Args) -> None:
@@ -229,6 +233,7 @@ class Batch(NamedTuple):
     reward: np.ndarray  # [T, N]
     done: np.ndarray  # [T, N] the episode ended here
     mask: np.ndarray  # [T, N] 1 up to and with that step, 0 after it
+    step: np.ndarray  # [T] environment steps of the whole run, up to and with this row
     episode_return: np.ndarray  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: np.ndarray  # [T, N] and its number of steps
 
@@ -304,7 +309,8 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
         alive = alive - done[t]
         if not alive.any():
             break
-    batch = Batch(obs, action, reward, done, mask, episode_return, episode_length)
+    step = state.step + mask.sum(1).cumsum().astype(int)
+    batch = Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
     return state, Batch(*(x[: t + 1] for x in batch))
 
 
@@ -320,14 +326,19 @@ def loss_fn(agent: Agent, batch: Batch, ret: torch.Tensor, args: Args) -> tuple[
     return loss, metrics
 
 
-def update(state: State, batch: Batch, args: Args, learning_rate: float) -> tuple[State, dict[str, float]]:
+def learning_rate(step: int, args: Args) -> float:
+    """Constant, or from --learning-rate down to 0 at the last step."""
+    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+
+
+def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
     """One gradient step on one batch. Returns what is logged as well."""
     agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     ret = discounted_returns(batch.reward, batch.done, args.gamma)
     ret = standardize(ret, batch.mask) if args.norm_return else ret
 
-    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
     loss, metrics = loss_fn(agent, batch, ret, args)
     optimizer.zero_grad()
     loss.backward()
@@ -444,36 +455,34 @@ class StopSignal:
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes = []
-    last_step = args.total_timesteps
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
-        tqdm(total=last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
+        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
-        while state.step < last_step and not stop.number:
-            learning_rate = args.learning_rate * (1 - state.step / last_step if args.anneal_lr else 1)
+        while state.step < args.last_step and not stop.number:
+            lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
-            state, metrics = update(state, batch, args, learning_rate)
-            steps = state.step + batch.mask.sum(1).cumsum().astype(int)  # [T] after each row of the batch
-            state.step, state.iteration = int(steps[-1]), state.iteration + 1
+            state, metrics = update(state, batch, args)
+            state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
             if not all(map(math.isfinite, metrics.values())):
                 saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
                 raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
 
             for t, n in np.argwhere(batch.done):
-                writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], steps[t])
-                writer.add_scalar("charts/episodic_length", batch.episode_length[t, n], steps[t])
+                writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])
+                writer.add_scalar("charts/episodic_length", batch.episode_length[t, n], batch.step[t])
                 state.recent_returns.append(float(batch.episode_return[t, n]))
-                episodes.append((state.recent_returns[-1], int(steps[t])))
+                episodes.append((state.recent_returns[-1], int(batch.step[t])))
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, state.step)
-            writer.add_scalar("charts/learning_rate", learning_rate, state.step)
+            writer.add_scalar("charts/learning_rate", lr, state.step)
             writer.add_scalar("charts/SPS", (state.step - first_step) / (time.perf_counter() - start), state.step)
             mean_return = sum(state.recent_returns) / max(len(state.recent_returns), 1)
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-            bar.update(min(state.step, last_step) - bar.n)
+            bar.update(min(state.step, args.last_step) - bar.n)
 
             if args.save_every and state.iteration % args.save_every == 0:
                 writer.flush()
@@ -508,19 +517,25 @@ def train(args: Args) -> Result:
             recent_returns=deque(maxlen=args.return_window),
         )
         run_dir = load(state, args) if args.resume else make_run_dir(args)
-        finished = state.step >= args.total_timesteps
-        episodes = [] if finished or args.eval_only else learn(state, envs, args, run_dir)
-    if finished and not args.eval_only:
-        print(f"nothing to train: {run_dir} is at step {state.step} already")
-        eval_returns = np.zeros(0)
-    else:
+        episodes = []
+        if state.step >= args.last_step and not args.eval_only:
+            print(f"nothing to train: {run_dir} is at step {state.step} already")
+            args = replace(args, eval_episodes=0)
+        elif not args.eval_only:
+            episodes = learn(state, envs, args, run_dir)
+
+    eval_returns = np.zeros(0)
+    if args.eval_episodes:
         eval_returns = evaluate(state, args, run_dir)
-        if args.eval_episodes:
-            n = args.eval_episodes
-            print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {n} episodes")
-        print(run_dir)
-    returns, steps = np.array(episodes, dtype=float).reshape(-1, 2).T
-    return Result(agent, returns, steps.astype(int), eval_returns, run_dir)
+        print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
+    print(run_dir)
+    return Result(
+        agent=agent,
+        episode_returns=np.array([x for x, _ in episodes]),
+        episode_steps=np.array([step for _, step in episodes], dtype=int),
+        eval_returns=eval_returns,
+        run_dir=run_dir,
+    )
 
 
 def main() -> None:

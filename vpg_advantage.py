@@ -48,7 +48,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -115,6 +115,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
+
+    @property
+    def last_step(self) -> int:
+        return self.num_iterations * self.batch_size
 
 
 def check_args(args: Args) -> None:
@@ -207,6 +211,10 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x, [..., size], in deviations from the mean."""
+        return (x - self.mean) / (self.var + 1e-8).sqrt()
+
     def update(self, x: torch.Tensor) -> None:
         """x: [..., size]."""
         x = x.flatten(0, -2)
@@ -238,9 +246,7 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd(1)
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        if not self.norm_obs:
-            return obs
-        return ((obs - self.obs_stats.mean) / (self.obs_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+        return self.obs_stats(obs).clamp(-10, 10) if self.norm_obs else obs
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): [..., D] -> [...]."""
@@ -279,6 +285,7 @@ class Batch(NamedTuple):
     next_obs: np.ndarray  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
     terminated: np.ndarray  # [T, N] the task itself ended
     truncated: np.ndarray  # [T, N] a time limit cut the episode
+    step: np.ndarray  # [T] environment steps of the whole run, up to and with this row
     episode_return: np.ndarray  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: np.ndarray  # [T, N] and its number of steps
 
@@ -395,7 +402,8 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
             next_obs[t, ended] = np.stack(info["final_obs"][ended])
             episode_return[t] = info["final_info"]["episode"]["r"]
             episode_length[t] = info["final_info"]["episode"]["l"]
-    return state, Batch(obs, action, reward, next_obs, terminated, truncated, episode_return, episode_length)
+    step = state.step + args.num_envs * np.arange(1, args.num_steps + 1)
+    return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
 
 # ======================================================= Update =======================================================
@@ -412,7 +420,12 @@ def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[torch.Tensor, dict
     return loss, metrics
 
 
-def update(state: State, batch: Batch, args: Args, learning_rate: float) -> tuple[State, dict[str, float]]:
+def learning_rate(step: int, args: Args) -> float:
+    """Constant, or from --learning-rate down to 0 at the last step."""
+    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+
+
+def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
     """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
     agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
@@ -427,7 +440,7 @@ def update(state: State, batch: Batch, args: Args, learning_rate: float) -> tupl
         ret = adv + value
     data = Minibatch(*(x.flatten(0, 1) for x in (batch.obs, batch.action, adv, ret)))
 
-    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, device=state.device)
@@ -553,37 +566,34 @@ class StopSignal:
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes = []
-    last_step = args.num_iterations * args.batch_size
     start, first_step = time.perf_counter(), state.step
-    state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
     with (
         StopSignal() as stop,
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
-        tqdm(total=last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
+        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
-        while state.step < last_step and not stop.number:
-            learning_rate = args.learning_rate * (1 - state.step / last_step if args.anneal_lr else 1)
+        while state.step < args.last_step and not stop.number:
+            lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
-            state, metrics = update(state, batch, args, learning_rate)
-            steps = state.step + args.num_envs * np.arange(1, args.num_steps + 1)  # [T] after each row of the batch
-            state.step, state.iteration = int(steps[-1]), state.iteration + 1
+            state, metrics = update(state, batch, args)
+            state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
             if not all(map(math.isfinite, metrics.values())):
                 saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
                 raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
 
             for t, n in np.argwhere(batch.done):
-                writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], steps[t])
-                writer.add_scalar("charts/episodic_length", batch.episode_length[t, n], steps[t])
+                writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])
+                writer.add_scalar("charts/episodic_length", batch.episode_length[t, n], batch.step[t])
                 state.recent_returns.append(float(batch.episode_return[t, n]))
-                episodes.append((state.recent_returns[-1], int(steps[t])))
+                episodes.append((state.recent_returns[-1], int(batch.step[t])))
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, state.step)
-            writer.add_scalar("charts/learning_rate", learning_rate, state.step)
+            writer.add_scalar("charts/learning_rate", lr, state.step)
             writer.add_scalar("charts/SPS", (state.step - first_step) / (time.perf_counter() - start), state.step)
             mean_return = sum(state.recent_returns) / max(len(state.recent_returns), 1)
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-            bar.update(min(state.step, last_step) - bar.n)
+            bar.update(min(state.step, args.last_step) - bar.n)
 
             if args.save_every and state.iteration % args.save_every == 0:
                 writer.flush()
@@ -620,19 +630,26 @@ def train(args: Args) -> Result:
             running_return=torch.zeros(args.num_envs, device=device),
         )
         run_dir = load(state, args) if args.resume else make_run_dir(args)
-        finished = state.step >= args.num_iterations * args.batch_size
-        episodes = [] if finished or args.eval_only else learn(state, envs, args, run_dir)
-    if finished and not args.eval_only:
-        print(f"nothing to train: {run_dir} is at step {state.step} already")
-        eval_returns = np.zeros(0)
-    else:
+        episodes = []
+        if state.step >= args.last_step and not args.eval_only:
+            print(f"nothing to train: {run_dir} is at step {state.step} already")
+            args = replace(args, eval_episodes=0)
+        elif not args.eval_only:
+            state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+            episodes = learn(state, envs, args, run_dir)
+
+    eval_returns = np.zeros(0)
+    if args.eval_episodes:
         eval_returns = evaluate(state, args, run_dir)
-        if args.eval_episodes:
-            n = args.eval_episodes
-            print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {n} episodes")
-        print(run_dir)
-    returns, steps = np.array(episodes, dtype=float).reshape(-1, 2).T
-    return Result(agent, returns, steps.astype(int), eval_returns, run_dir)
+        print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
+    print(run_dir)
+    return Result(
+        agent=agent,
+        episode_returns=np.array([x for x, _ in episodes]),
+        episode_steps=np.array([step for _, step in episodes], dtype=int),
+        eval_returns=eval_returns,
+        run_dir=run_dir,
+    )
 
 
 def main() -> None:
