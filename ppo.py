@@ -90,7 +90,7 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
-    gamma: float = bounded(0.98, "[0, 1]")  # discount factor
+    gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(10, "[1, inf)")  # passes over each batch

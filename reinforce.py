@@ -85,7 +85,7 @@ class Args:
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
     return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
     target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
-    learning_rate: float = bounded(1e-3, "(0, inf)")  # step size of Adam
+    learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # environments side by side, one episode of each per update (N)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
@@ -150,8 +150,6 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env = gym.wrappers.FlattenObservation(env)
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
-        if args.temperature != 1 and not isinstance(env.action_space, gym.spaces.Discrete):
-            raise ValueError(f"actions {env.action_space} have no softmax for --temperature {args.temperature}")
         space, to_env = action_frame(env.action_space)
         return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
@@ -196,6 +194,8 @@ class Agent(nn.Module):
         space = envs.single_action_space
         self.discrete = isinstance(space, gym.spaces.Discrete)
         self.temperature = args.temperature
+        if not self.discrete and args.temperature != 1:
+            raise ValueError(f"--temperature {args.temperature}: only Discrete actions have a softmax")
         obs_size = envs.single_observation_space.shape[0]
         action_size = int(space.n) if self.discrete else space.shape[0]
         self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)

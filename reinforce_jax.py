@@ -1,0 +1,755 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "flax>=0.10,<0.13",
+#     "gymnasium>=1.1,<1.4",
+#     "gymnax>=1.0,<1.1",
+#     "jax>=0.6,<0.11",
+#     "numpy>=1.26,<3",
+#     "optax>=0.2.4,<0.3",
+#     "six",
+#     "tensorboardX>=2.6,<3",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+# ]
+# ///
+"""REINFORCE, the Monte Carlo policy gradient, in JAX.
+
+A stochastic policy pi(a|s) is improved by playing whole episodes and making each action more likely in proportion to
+the return that followed it. By the log-derivative trick the gradient of the expected return J needs no model of the
+environment [1; 2, sec. 13.3]:
+
+    grad J = E[ sum_t G_t grad log pi(a_t|s_t) ],   G_t = R_t + gamma (1 - done_t) G_{t+1}
+
+and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
+the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
+the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out.
+
+No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
+G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts a learned baseline to lower it.
+
+[1] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
+[2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
+
+Shapes: time comes first. T = the time limit of an episode, N = num_envs; D and A are the sizes of an observation and a
+Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; other
+environments are stepped on the host. A resumed run ends where the uninterrupted one would have ended.
+
+Run:   python reinforce_jax.py --env-id CartPole-v1
+Diff:  diff reinforce_jax.py vpg_advantage_jax.py (the baseline), diff reinforce.py reinforce_jax.py (the framework)
+"""
+
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from flax import serialization
+from tqdm import tqdm
+
+# ===================================================== Arguments ======================================================
+
+
+def bounded(default, interval: str):
+    """A flag whose value, or each of whose values, must lie in `interval`, written as in mathematics: "(0, 1]"."""
+    return field(default=default, metadata={"interval": interval})
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train an agent by REINFORCE; the log, the arguments and the checkpoint go to a new folder under runs/."""
+
+    exp_name: str = "reinforce_jax"  # name of the experiment, part of the run folder's name
+    env_id: str = "CartPole-v1"  # any gymnax or Gymnasium id; module:Id imports the module first
+    env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
+    seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
+    num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
+    total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
+    cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
+    capture_video: bool = False  # record the evaluation to <run folder>/videos
+    save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
+    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
+    eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
+    eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
+    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
+    anneal_lr: bool = True  # lower it linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # environments side by side, one episode of each per update (N)
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
+    gamma: float = bounded(0.99, "[0, 1]")  # discount factor
+    temperature: float = bounded(1.0, "(0, inf)")  # of the softmax over Discrete actions, higher explores more
+    norm_return: bool = True  # standardise the returns of each update
+    ent_coef: float = bounded(0.0, "[0, inf)")  # weight of the entropy bonus
+    max_grad_norm: float = bounded(0.5, "(0, inf)")  # longer gradients are scaled down to this norm
+    hidden_sizes: tuple[int, ...] = bounded((64, 64), "[1, inf)")  # widths of the hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+
+    @property
+    def last_step(self) -> int:
+        return self.total_timesteps
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError, naming the flag, for values that make no run."""
+    for f in fields(args):
+        value, interval = getattr(args, f.name), f.metadata.get("interval")
+        if interval is None or value is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        for x in value if isinstance(value, tuple) else (value,):
+            if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
+                raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+    if args.eval_only and args.resume is None:
+        raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
+    if args.capture_video and args.num_seeds > 1:
+        raise ValueError("--capture-video: records one agent, without --num-seeds")
+    if args.capture_video and find_spec("moviepy") is None:
+        raise ValueError("--capture-video: needs moviepy: pip install moviepy")
+
+
+# ==================================================== Environment =====================================================
+
+
+def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
+    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    if isinstance(space, gym.spaces.Discrete):
+        return gym.spaces.Discrete(space.n), lambda action: action + space.start
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    both = np.isfinite(space.low) & np.isfinite(space.high)
+    middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
+    half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+    frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
+    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
+    and for spaces that an MLP cannot serve."""
+    try:
+        limit = args.max_episode_steps
+        env = gym.make(args.env_id, limit, render_mode=render_mode, disable_env_checker=True)
+        if env.spec.max_episode_steps is None:
+            raise ValueError("no time limit of its own, give one with --max-episode-steps")
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
+            raise ValueError(f"image observations {space} need a convolutional network")
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            raise ValueError(f"observations {space} have no fixed size")
+        space, to_env = action_frame(env.action_space)
+        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
+    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+        raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
+
+
+class GymnaxEnvs:
+    """N copies of a gymnax environment, as pure functions to be compiled. They show, take and restart like those of
+    `make_envs`."""
+
+    def __init__(self, args: Args, num_envs: int):
+        import gymnax  # here, for it takes seconds
+        from gymnax.environments.spaces import gymnax_space_to_gym_space
+        from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+
+        env, self.params = gymnax.make(args.env_id.rpartition(":")[2])
+        if args.max_episode_steps is not None:
+            self.params = self.params.replace(max_steps_in_episode=args.max_episode_steps)
+        self.time_limit = int(self.params.max_steps_in_episode)
+        self.env, self.num_envs = LogWrapper(FlattenObservationWrapper(env)), num_envs
+        self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
+        self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
+
+    def reset(self, key: jax.Array) -> tuple[Any, jax.Array]:
+        """-> states, obs [N, D]."""
+        obs, states = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), self.params)
+        return states, obs.astype(jnp.float32)
+
+    def step(self, key: jax.Array, states: Any, action: jax.Array) -> tuple:
+        """-> states, obs [N, D], reward [N], terminated [N], truncated [N], info."""
+        keys, action = jax.random.split(key, self.num_envs), jax.vmap(self.to_env)(action)
+        step = jax.vmap(self.env.step, (0, 0, 0, None))
+        obs, states, reward, terminated, truncated, info = step(keys, states, action, self.params)
+        return states, *(x.astype(jnp.float32) for x in (obs, reward, terminated, truncated)), info
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def in_graph(args: Args) -> bool:
+    """Whether gymnax runs the environment. It takes seconds to import, so it is asked only where that can matter."""
+    if args.env_backend != "auto":
+        return args.env_backend == "gymnax"
+    module, _, name = args.env_id.rpartition(":")
+    if module:
+        with suppress(ImportError):  # which make_env will report
+            importlib.import_module(module)  # may register with gymnax
+    shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
+    if name in gym.registry and name not in shared and "gymnax" not in sys.modules:
+        return False
+    import gymnax
+
+    return name in gymnax.registered_envs
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv | GymnaxEnvs:
+    """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    if in_graph(args):
+        try:
+            return GymnaxEnvs(args, args.num_envs)
+        except Exception as error:
+            raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
+    if args.num_seeds > 1:
+        raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
+    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+
+
+def env_seeds(seed: int, step: int, count: int) -> list[int]:
+    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators."""
+    return np.random.SeedSequence((seed, step)).generate_state(count).tolist()
+
+
+# ====================================================== Networks ======================================================
+
+
+def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    layers = []
+    for n_out in sizes[:-1]:
+        layers += [nn.Dense(n_out, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
+        layers += [nn.tanh if activation == "tanh" else nn.relu]
+    return nn.Sequential([*layers, nn.Dense(sizes[-1], kernel_init=nn.initializers.orthogonal(gain))])
+
+
+class Agent(nn.Module):
+    """Policy network.
+
+    The policy is a softmax over Discrete actions, or a Gaussian over Box actions whose log standard deviations are
+    parameters that do not depend on the state.
+    """
+
+    obs_size: int
+    action_size: int
+    discrete: bool
+    args: Args
+
+    def setup(self):
+        sizes, activation = self.args.hidden_sizes, self.args.activation
+        self.actor = mlp((*sizes, self.action_size), activation, gain=0.01)
+        if not self.discrete:
+            self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
+
+    def __call__(self, obs: jax.Array) -> None:
+        """Touches every part, for `init`."""
+        self.act(obs, None, greedy=True)
+
+    def act(self, obs: jax.Array, key: jax.Array | None, greedy: bool = False) -> jax.Array:
+        """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+        out = self.actor(obs) / self.args.temperature
+        if greedy:
+            return out.argmax(-1) if self.discrete else out
+        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+            return (out + jax.random.gumbel(key, out.shape)).argmax(-1)
+        return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
+
+    def log_prob(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        out = self.actor(obs) / self.args.temperature
+        if self.discrete:
+            logp = jax.nn.log_softmax(out)
+            taken = jnp.take_along_axis(logp, action[..., None], -1).squeeze(-1)
+            return taken, -(jnp.exp(logp) * logp).sum(-1)
+        z = (action - out) / jnp.exp(self.log_std)
+        logp = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return logp, jnp.broadcast_to(entropy, logp.shape)
+
+
+def make_agent(envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> Agent:
+    space = envs.single_action_space
+    discrete = isinstance(space, gym.spaces.Discrete)
+    if not discrete and args.temperature != 1:
+        raise ValueError(f"--temperature {args.temperature}: only Discrete actions have a softmax")
+    return Agent(envs.single_observation_space.shape[0], int(space.n) if discrete else space.shape[0], discrete, args)
+
+
+# ======================================================== Data ========================================================
+
+
+class Batch(NamedTuple):
+    """What one rollout saw: NumPy arrays where the host collects them, else JAX arrays."""
+
+    obs: jax.Array  # [T, N, D]
+    action: jax.Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    reward: jax.Array  # [T, N]
+    done: jax.Array  # [T, N] the episode ended here
+    mask: jax.Array  # [T, N] 1 up to and with that step, 0 after it
+    step: jax.Array  # [T] environment steps of the whole run, up to and with this row
+    episode_return: jax.Array  # [T, N] undiscounted return of the episode that ended here, if one did
+    episode_length: jax.Array  # [T, N] and its number of steps
+
+
+class State(NamedTuple):
+    """All that changes during training. In `train` and `learn` every array has one more axis in front, of num_seeds."""
+
+    variables: dict  # "params" of the agent
+    opt_state: optax.OptState
+    key: jax.Array
+    step: jax.Array  # environment steps
+    iteration: jax.Array  # rollouts and updates
+
+
+class Result(NamedTuple):
+    """What `train` returns; with --num-seeds S, episode_returns and episode_steps are lists of S arrays."""
+
+    agent: dict  # the variables, for Agent.apply
+    episode_returns: np.ndarray | list  # [episodes] undiscounted training returns, in the order in which they finished
+    episode_steps: np.ndarray | list  # [episodes] the environment step at which each finished
+    eval_returns: np.ndarray  # [eval_episodes] or [S, eval_episodes]
+    run_dir: Path
+
+
+# ======================================================== Math ========================================================
+
+
+def discounted_returns(reward: jax.Array, done: jax.Array, gamma: float) -> jax.Array:
+    """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
+
+    # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
+    def backward(following, t):
+        ret = reward[t] + gamma * (1 - done[t]) * following
+        return ret, ret
+
+    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), jnp.arange(len(reward)), reverse=True)[1]
+
+
+def standardize(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zero mean, unit deviation where `mask` is 1: the population's, which is 0 and not NaN for a single number."""
+    mean = (x * mask).sum() / mask.sum()
+    std = jnp.sqrt(((x - mean) ** 2 * mask).sum() / mask.sum())
+    return (x - mean) / (std + 1e-8)
+
+
+def policy_loss(logp: jax.Array, ret: jax.Array, mask: jax.Array) -> jax.Array:
+    """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
+    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Williams 1992; the sum over an episode is what makes it unbiased)
+    return -(logp * ret * mask).sum() / mask.shape[-1]
+
+
+# ====================================================== Rollout =======================================================
+
+
+def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
+    """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
+    key, reset_key, rollout_key = jax.random.split(state.key, 3)
+
+    def play(env, obs, alive, key):
+        act_key, env_key = jax.random.split(key)
+        action = agent.apply(state.variables, obs, act_key, method="act")
+        env, next_obs, reward, terminated, truncated, info = envs.step(env_key, env, action)
+        done = alive * jnp.maximum(terminated, truncated)
+        episode = info["returned_episode_returns"], info["returned_episode_lengths"]
+        steps = alive.sum().astype(jnp.int32)
+        return env, next_obs, alive - done, Batch(obs, action, reward, done, alive, steps, *episode)
+
+    def play_row(carry):
+        t, batch, (env, obs, alive) = carry
+        env, obs, alive, row = play(env, obs, alive, jax.random.fold_in(rollout_key, t))
+        return t + 1, jax.tree.map(lambda rows, x: rows.at[t].set(x), batch, row), (env, obs, alive)
+
+    def going(carry):
+        alive = carry[2][2].any()
+        return alive if args.num_seeds == 1 else jax.lax.pmax(alive, "seeds")  # one answer for all: no branch per seed
+
+    start = (*envs.reset(reset_key), jnp.ones(args.num_envs))
+    row = jax.eval_shape(play, *start, rollout_key)[-1]
+    buffer = jax.tree.map(lambda x: jnp.zeros((envs.time_limit, *x.shape), x.dtype), row)
+    _, batch, _ = jax.lax.while_loop(going, play_row, (0, buffer, start))
+    return state._replace(key=key), batch._replace(step=state.step + batch.step.cumsum())
+
+
+def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
+    """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
+    key, rollout_key = jax.random.split(state.key[0])
+    standing, _ = envs.reset(seed=env_seeds(args.seed, int(state.step[0]), args.num_envs))
+    num_steps = envs.get_attr("spec")[0].max_episode_steps
+    obs = np.zeros((num_steps, *standing.shape), np.float32)
+    action = np.zeros((num_steps, *envs.action_space.shape), envs.action_space.dtype)
+    scalars = np.zeros((5, num_steps, args.num_envs), np.float32)
+    reward, done, mask, episode_return, episode_length = scalars
+    alive = np.ones(args.num_envs)
+    for t, act_key in enumerate(np.asarray(jax.random.split(rollout_key, num_steps))):
+        obs[t] = standing
+        action[t] = act(state.variables, obs[t], act_key)
+        standing, reward[t], terminated, truncated, info = envs.step(action[t])
+        done[t], mask[t] = alive * (terminated | truncated), alive
+        if "final_obs" in info:
+            episode_return[t] = info["final_info"]["episode"]["r"]
+            episode_length[t] = info["final_info"]["episode"]["l"]
+        alive = alive - done[t]
+        if not alive.any():
+            break
+    step = (state.step[0] + mask.sum(1).cumsum()).astype(np.int32)
+    return state._replace(key=key[None]), Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
+
+
+# ======================================================= Update =======================================================
+
+
+def loss_fn(
+    params: dict, batch: Batch, ret: jax.Array, agent: Agent, args: Args
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a batch, and what to log."""
+    logp, entropy = agent.apply({"params": params}, batch.obs, batch.action, method="log_prob")
+    policy = policy_loss(logp, ret, batch.mask)
+    loss = policy - args.ent_coef * (entropy * batch.mask).sum() / args.num_envs
+    metrics = {"policy_loss": policy, "entropy": (entropy * batch.mask).sum() / batch.mask.sum()}
+    return loss, metrics
+
+
+def learning_rate(step: int, args: Args) -> float:
+    """Constant, or from --learning-rate down to 0 at the last step."""
+    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam on clipped gradients, for a learning rate of 1."""
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+
+
+def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, jax.Array]]:
+    """One gradient step on one batch. Returns what is logged as well."""
+    params = state.variables["params"]
+    ret = discounted_returns(batch.reward, batch.done, args.gamma)
+    ret = standardize(ret, batch.mask) if args.norm_return else ret
+
+    lr = learning_rate(state.step, args)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, ret, agent, args)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    direction, opt_state = make_optimizer(args).update(grads, state.opt_state)
+    params = jax.tree.map(lambda p, d: p - lr * d, params, direction)
+    state = state._replace(variables={"params": params}, opt_state=opt_state)
+    return state._replace(step=batch.step[-1], iteration=state.iteration + 1), metrics
+
+
+# ============================================= Checkpoint and evaluation ==============================================
+
+
+def identity(args: Args) -> dict:
+    """What a checkpoint must share with the run that loads it."""
+    names = ("env_id", "env_backend", "num_envs", "num_seeds", "hidden_sizes", "activation", "temperature")
+    return {"format": 1, "script": "reinforce_jax.py"} | {name: getattr(args, name) for name in names}
+
+
+def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
+    """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
+    meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_state_dict(jax.device_get(state))}
+    (run_dir / "partial.msgpack").write_bytes(serialization.msgpack_serialize(checkpoint))
+    (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
+
+
+def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, Path]:
+    """State and run folder of the checkpoint of --resume. Raises ValueError if it does not fit."""
+    path = Path(args.resume)
+    path = path / "checkpoint.msgpack" if path.is_dir() else path
+    try:
+        saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
+        meta = json.loads(saved["meta"])
+        theirs = meta["identity"]
+    except Exception as error:
+        raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
+    for name, ours in json.loads(json.dumps(identity(args))).items():
+        if theirs.get(name) != ours:
+            raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
+    try:
+        loaded = serialization.from_state_dict(state, saved["state"])
+        # from_state_dict matches names alone
+        expected, found = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, loaded))
+        if expected != found:
+            raise ValueError
+        for returns, saved_returns in zip(recent_returns, meta["recent_returns"], strict=True):
+            returns.extend(saved_returns)
+        return jax.tree.map(jnp.asarray, loaded), path.parent
+    except Exception as error:
+        raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
+    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
+    run_dir = next(path for path in paths if not path.exists())
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
+    return run_dir
+
+
+def evaluate(variables: dict, key: jax.Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> jax.Array:
+    """Undiscounted returns of one whole episode in each environment."""
+
+    def play(carry):
+        env, obs, key, going, returns = carry
+        key, act_key, env_key = jax.random.split(key, 3)
+        action = agent.apply(variables, obs, act_key, not args.eval_sample, method="act")
+        env, obs, reward, terminated, truncated, _ = envs.step(env_key, env, action)
+        return env, obs, key, going * (1 - terminated) * (1 - truncated), returns + going * reward
+
+    key, env_key = jax.random.split(key)
+    carry = (*envs.reset(env_key), key, jnp.ones(envs.num_envs), jnp.zeros(envs.num_envs))
+    return jax.lax.while_loop(lambda carry: carry[3].any(), play, carry)[-1]
+
+
+def evaluate_on_host(variables: dict, key: jax.Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
+    """The same with Gymnasium, `eval_episodes` one after the other, from seeds that training never uses."""
+    env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
+    act = jax.jit(lambda obs, key: agent.apply(variables, obs, key, not args.eval_sample, method="act"))
+    returns = np.zeros(args.eval_episodes)
+    for i, seed in enumerate(env_seeds(args.seed + 2**32, 0, args.eval_episodes)):
+        obs, _ = env.reset(seed=seed)
+        done = False
+        while not done:
+            key, act_key = jax.random.split(key)
+            obs, reward, terminated, truncated, _ = env.step(np.asarray(act(np.asarray(obs, np.float32), act_key)))
+            returns[i] += reward
+            done = terminated or truncated
+    env.close()
+    return returns
+
+
+# ====================================================== Training ======================================================
+
+
+class StopSignal:
+    """Remembers a Ctrl-C or SIGTERM, so that the iteration can end and be saved. A second one stops at once."""
+
+    number = 0
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number, frame):
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def init_state(seed: jax.Array, agent: Agent, args: Args) -> State:
+    key, params_key = jax.random.split(jax.random.PRNGKey(seed))
+    variables = agent.init(params_key, jnp.zeros((args.num_envs, agent.obs_size)))
+    opt_state = make_optimizer(args).init(variables["params"])
+    zero = jnp.zeros((), jnp.int32)
+    state = State(variables, opt_state, key, zero, zero)
+    return jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
+
+
+def over_seeds(function: Callable, args: Args) -> Callable:
+    """`function`, of one agent's arrays, for arrays with an axis of agents in front. One agent alone runs without that
+    axis inside, which is faster."""
+    if args.num_seeds > 1:
+        return jax.vmap(function, axis_name="seeds")
+    return lambda *trees: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
+
+
+def make_train_step(
+    agent: Agent, envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args
+) -> Callable[[State], tuple[State, Batch, dict[str, jax.Array]]]:
+    """A rollout and its update, with what to log: one compiled function where gymnax has the environment."""
+
+    def train_step(old):
+        state, batch = rollout(old, agent, envs, args)
+        state, metrics = update(state, batch, agent, args)
+        if args.num_seeds > 1:  # agents reach the last step in different iterations, and then stay as they are
+            active = old.step < args.last_step
+            state = jax.tree.map(partial(jnp.where, active), state, old)
+            batch = batch._replace(done=batch.done * active, step=jnp.where(active, batch.step, old.step))
+        return state, batch._replace(obs=None, action=None, reward=None, mask=None), metrics
+
+    if isinstance(envs, GymnaxEnvs):
+        return jax.jit(over_seeds(train_step, args), donate_argnums=0)
+    act = jax.jit(
+        lambda variables, obs, key: agent.apply(jax.tree.map(lambda x: x[0], variables), obs, key, method="act")
+    )
+    jitted_update = jax.jit(over_seeds(partial(update, agent=agent, args=args), args))
+
+    def train_step_on_host(state):
+        state, batch = rollout_on_host(state, act, envs, args)
+        batch = jax.tree.map(lambda x: x[None], batch)
+        state, metrics = jitted_update(state, batch)
+        return state, batch, metrics
+
+    return train_step_on_host
+
+
+def learn(
+    state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
+) -> tuple[State, list[list[tuple[float, int]]]]:
+    """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
+    from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
+
+    episodes = [[] for _ in recent_returns]
+    step = first_step = int(state.step.min())
+    start = time.perf_counter()
+    with (
+        StopSignal() as stop,
+        SummaryWriter(str(run_dir), purge_step=step + 1 if step else None) as writer,
+        tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5) as bar,
+    ):
+        writer.add_text("arguments", json.dumps(asdict(args)), step)
+        while step < args.last_step and not stop.number:
+            lr = learning_rate(step, args)
+            state, batch, metrics = train_step(state)
+            batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration.max()))
+            step = int(batch.step[:, -1].min())
+            if not all(np.isfinite(x).all() for x in metrics.values()):
+                saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
+                raise FloatingPointError(f"iteration {iteration}: not finite: {metrics}; {saved}")
+
+            for s, t, n in np.argwhere(batch.done):
+                recent_returns[s].append(float(batch.episode_return[s, t, n]))
+                episodes[s].append((recent_returns[s][-1], int(batch.step[s, t])))
+                if args.num_seeds == 1:
+                    writer.add_scalar("charts/episodic_return", batch.episode_return[s, t, n], batch.step[s, t])
+                    writer.add_scalar("charts/episodic_length", batch.episode_length[s, t, n], batch.step[s, t])
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value.mean(), step)
+            writer.add_scalar("charts/learning_rate", lr, step)
+            writer.add_scalar("charts/SPS", args.num_seeds * (step - first_step) / (time.perf_counter() - start), step)
+            mean_returns = np.array([sum(returns) / max(len(returns), 1) for returns in recent_returns])
+            shown = f"return {mean_returns.mean():.1f}"
+            if args.num_seeds > 1:
+                interval = 1.96 * mean_returns.std(ddof=1) / math.sqrt(args.num_seeds)
+                shown += f" ± {interval:.1f} over {args.num_seeds} seeds"
+                writer.add_scalar("charts/episodic_return", mean_returns.mean(), step)
+                writer.add_scalar("charts/episodic_return_95", interval, step)
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update(min(step, args.last_step) - bar.n)
+
+            if args.save_every and iteration % args.save_every == 0:
+                writer.flush()
+                save(state, recent_returns, args, run_dir)
+            full = all(len(returns) == args.return_window for returns in recent_returns)
+            if args.target_return is not None and full and mean_returns.min() >= args.target_return:
+                break
+        if args.num_seeds > 1:
+            for s, mean_return in enumerate(mean_returns):
+                writer.add_scalar("charts/final_return_of_seed", mean_return, args.seed + s)
+        save(state, recent_returns, args, run_dir)
+    if stop.number:
+        print(f"stopped at step {step}, go on with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.number)
+    return state, episodes
+
+
+def pick_device(cuda: bool) -> jax.Device:
+    """The first GPU, or the CPU. To be called before any array is made, for that starts the backends."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
+    if not cuda:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return jax.devices("cuda" if cuda else "cpu")[0]
+    except RuntimeError:
+        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+        return jax.devices("cpu")[0]
+
+
+def train(args: Args) -> Result:
+    """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
+
+    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
+    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    """
+    check_args(args)
+    with jax.default_device(pick_device(args.cuda)), closing(make_envs(args)) as envs:
+        agent = make_agent(envs, args)
+        seeds = jnp.arange(args.num_seeds, dtype=jnp.uint32) + np.uint32(args.seed)
+        state = jax.jit(over_seeds(partial(init_state, agent=agent, args=args), args))(seeds)
+        recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
+        if args.resume:
+            state, run_dir = load(state, recent_returns, args)
+        else:
+            run_dir = make_run_dir(args)
+        step, episodes = int(state.step.min()), [[] for _ in seeds]
+        if step >= args.last_step and not args.eval_only:
+            print(f"nothing to train: {run_dir} is at step {step} already")
+            args = replace(args, eval_episodes=0)
+        elif not args.eval_only:
+            train_step = make_train_step(agent, envs, args)
+            state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+
+        eval_returns = np.zeros((args.num_seeds, 0))
+        if args.eval_episodes:
+            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 1))(seeds)
+            if isinstance(envs, GymnaxEnvs) and not args.capture_video:
+                play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
+                eval_returns = np.asarray(jax.jit(over_seeds(play, args))(state.variables, keys))
+            else:
+                variables = jax.tree.map(lambda x: x[0], state.variables)
+                eval_returns = evaluate_on_host(variables, keys[0], agent, args, run_dir)[None]
+            for seed, returns in zip(seeds, eval_returns, strict=True):
+                who = f"seed {seed}: " if args.num_seeds > 1 else ""
+                print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    print(run_dir)
+    result = Result(
+        agent=state.variables,
+        episode_returns=[np.array([x for x, _ in of_seed]) for of_seed in episodes],
+        episode_steps=[np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes],
+        eval_returns=eval_returns,
+        run_dir=run_dir,
+    )
+    if args.num_seeds > 1:
+        return result
+    variables = jax.tree.map(lambda x: x[0], state.variables)
+    return Result(variables, result.episode_returns[0], result.episode_steps[0], eval_returns[0], run_dir)
+
+
+def main() -> None:
+    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    try:
+        train(tyro.cli(Args))
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
