@@ -55,7 +55,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -201,7 +201,7 @@ class Agent(nn.Module):
         self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
 
-    def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs) / self.temperature
         if greedy:
@@ -210,7 +210,7 @@ class Agent(nn.Module):
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
         out = self.actor(obs) / self.temperature
         if self.discrete:
@@ -263,7 +263,7 @@ class Result(NamedTuple):
 # ======================================================== Math ========================================================
 
 
-def discounted_returns(reward: torch.Tensor, done: torch.Tensor, gamma: float) -> torch.Tensor:
+def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
     # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
     ret, following = torch.empty_like(reward), torch.zeros_like(reward[0])
@@ -272,14 +272,14 @@ def discounted_returns(reward: torch.Tensor, done: torch.Tensor, gamma: float) -
     return ret
 
 
-def standardize(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def standardize(x: Tensor, mask: Tensor) -> Tensor:
     """Zero mean, unit deviation where `mask` is 1: the population's, which is 0 and not NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = (((x - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
     return (x - mean) / (std + 1e-8)
 
 
-def policy_loss(logp: torch.Tensor, ret: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
     # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Williams 1992; the sum over an episode is what makes it unbiased)
     return -(logp * ret * mask).sum() / mask.shape[-1]
@@ -317,7 +317,7 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
 # ======================================================= Update =======================================================
 
 
-def loss_fn(agent: Agent, batch: Batch, ret: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_fn(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch, and what to log."""
     logp, entropy = agent.log_prob(batch.obs, batch.action)
     policy = policy_loss(logp, ret, batch.mask)

@@ -67,6 +67,7 @@ import optax
 import tyro
 from flax import linen as nn
 from flax import serialization
+from jax import Array
 from tqdm import tqdm
 
 # ===================================================== Arguments ======================================================
@@ -187,12 +188,12 @@ class GymnaxEnvs:
         self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
         self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
 
-    def reset(self, key: jax.Array) -> tuple[Any, jax.Array]:
+    def reset(self, key: Array) -> tuple[Any, Array]:
         """-> states, obs [N, D]."""
         obs, states = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), self.params)
         return states, obs.astype(jnp.float32)
 
-    def step(self, key: jax.Array, states: Any, action: jax.Array) -> tuple:
+    def step(self, key: Array, states: Any, action: Array) -> tuple:
         """-> states, obs [N, D], reward [N], terminated [N], truncated [N], info."""
         keys, action = jax.random.split(key, self.num_envs), jax.vmap(self.to_env)(action)
         step = jax.vmap(self.env.step, (0, 0, 0, None))
@@ -201,6 +202,9 @@ class GymnaxEnvs:
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+Envs = GymnaxEnvs | gym.vector.VectorEnv
 
 
 def in_graph(args: Args) -> bool:
@@ -219,7 +223,7 @@ def in_graph(args: Args) -> bool:
     return name in gymnax.registered_envs
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv | GymnaxEnvs:
+def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     if in_graph(args):
         try:
@@ -268,11 +272,11 @@ class Agent(nn.Module):
         if not self.discrete:
             self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
 
-    def __call__(self, obs: jax.Array) -> None:
+    def __call__(self, obs: Array) -> None:
         """Touches every part, for `init`."""
         self.act(obs, None, greedy=True)
 
-    def act(self, obs: jax.Array, key: jax.Array | None, greedy: bool = False) -> jax.Array:
+    def act(self, obs: Array, key: Array | None, greedy: bool = False) -> Array:
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs) / self.args.temperature
         if greedy:
@@ -281,7 +285,7 @@ class Agent(nn.Module):
             return (out + jax.random.gumbel(key, out.shape)).argmax(-1)
         return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
-    def log_prob(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
         """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
         out = self.actor(obs) / self.args.temperature
         if self.discrete:
@@ -294,7 +298,7 @@ class Agent(nn.Module):
         return logp, jnp.broadcast_to(entropy, logp.shape)
 
 
-def make_agent(envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> Agent:
+def make_agent(envs: Envs, args: Args) -> Agent:
     space = envs.single_action_space
     discrete = isinstance(space, gym.spaces.Discrete)
     if not discrete and args.temperature != 1:
@@ -308,14 +312,14 @@ def make_agent(envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> Agent:
 class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where the host collects them, else JAX arrays."""
 
-    obs: jax.Array  # [T, N, D]
-    action: jax.Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
-    reward: jax.Array  # [T, N]
-    done: jax.Array  # [T, N] the episode ended here
-    mask: jax.Array  # [T, N] 1 up to and with that step, 0 after it
-    step: jax.Array  # [T] environment steps of the whole run, up to and with this row
-    episode_return: jax.Array  # [T, N] undiscounted return of the episode that ended here, if one did
-    episode_length: jax.Array  # [T, N] and its number of steps
+    obs: Array  # [T, N, D]
+    action: Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    reward: Array  # [T, N]
+    done: Array  # [T, N] the episode ended here
+    mask: Array  # [T, N] 1 up to and with that step, 0 after it
+    step: Array  # [T] environment steps of the whole run, up to and with this row
+    episode_return: Array  # [T, N] undiscounted return of the episode that ended here, if one did
+    episode_length: Array  # [T, N] and its number of steps
 
 
 class State(NamedTuple):
@@ -323,9 +327,9 @@ class State(NamedTuple):
 
     variables: dict  # "params" of the agent
     opt_state: optax.OptState
-    key: jax.Array
-    step: jax.Array  # environment steps
-    iteration: jax.Array  # rollouts and updates
+    key: Array
+    step: Array  # environment steps
+    iteration: Array  # rollouts and updates
 
 
 class Result(NamedTuple):
@@ -341,7 +345,7 @@ class Result(NamedTuple):
 # ======================================================== Math ========================================================
 
 
-def discounted_returns(reward: jax.Array, done: jax.Array, gamma: float) -> jax.Array:
+def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
 
     # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
@@ -352,14 +356,14 @@ def discounted_returns(reward: jax.Array, done: jax.Array, gamma: float) -> jax.
     return jax.lax.scan(backward, jnp.zeros_like(reward[0]), jnp.arange(len(reward)), reverse=True)[1]
 
 
-def standardize(x: jax.Array, mask: jax.Array) -> jax.Array:
+def standardize(x: Array, mask: Array) -> Array:
     """Zero mean, unit deviation where `mask` is 1: the population's, which is 0 and not NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = jnp.sqrt(((x - mean) ** 2 * mask).sum() / mask.sum())
     return (x - mean) / (std + 1e-8)
 
 
-def policy_loss(logp: jax.Array, ret: jax.Array, mask: jax.Array) -> jax.Array:
+def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
     # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Williams 1992; the sum over an episode is what makes it unbiased)
     return -(logp * ret * mask).sum() / mask.shape[-1]
@@ -425,9 +429,7 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
 # ======================================================= Update =======================================================
 
 
-def loss_fn(
-    params: dict, batch: Batch, ret: jax.Array, agent: Agent, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss_fn(params: dict, batch: Batch, ret: Array, agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a batch, and what to log."""
     logp, entropy = agent.apply({"params": params}, batch.obs, batch.action, method="log_prob")
     policy = policy_loss(logp, ret, batch.mask)
@@ -446,7 +448,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
-def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, jax.Array]]:
+def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
     """One gradient step on one batch. Returns what is logged as well."""
     params = state.variables["params"]
     ret = discounted_returns(batch.reward, batch.done, args.gamma)
@@ -514,7 +516,7 @@ def make_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def evaluate(variables: dict, key: jax.Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> jax.Array:
+def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> Array:
     """Undiscounted returns of one whole episode in each environment."""
 
     def play(carry):
@@ -529,7 +531,7 @@ def evaluate(variables: dict, key: jax.Array, agent: Agent, envs: GymnaxEnvs, ar
     return jax.lax.while_loop(lambda carry: carry[3].any(), play, carry)[-1]
 
 
-def evaluate_on_host(variables: dict, key: jax.Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
+def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
     """The same with Gymnasium, `eval_episodes` one after the other, from seeds that training never uses."""
     env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
@@ -571,7 +573,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def init_state(seed: jax.Array, agent: Agent, args: Args) -> State:
+def init_state(seed: Array, agent: Agent, args: Args) -> State:
     key, params_key = jax.random.split(jax.random.PRNGKey(seed))
     variables = agent.init(params_key, jnp.zeros((args.num_envs, agent.obs_size)))
     opt_state = make_optimizer(args).init(variables["params"])
@@ -588,9 +590,7 @@ def over_seeds(function: Callable, args: Args) -> Callable:
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
 
 
-def make_train_step(
-    agent: Agent, envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args
-) -> Callable[[State], tuple[State, Batch, dict[str, jax.Array]]]:
+def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
     """A rollout and its update, with what to log: one compiled function where gymnax has the environment."""
 
     def train_step(old):

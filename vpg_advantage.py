@@ -57,7 +57,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -211,11 +211,11 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The rows of x, [..., size], in deviations from the mean."""
         return (x - self.mean) / (self.var + 1e-8).sqrt()
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: Tensor) -> None:
         """x: [..., size]."""
         x = x.flatten(0, -2)
         delta, total = x.mean(0) - self.mean, self.count + len(x)
@@ -245,14 +245,14 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd(obs_size)
         self.return_stats = RunningMeanStd(1)
 
-    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+    def normalize(self, obs: Tensor) -> Tensor:
         return self.obs_stats(obs).clamp(-10, 10) if self.norm_obs else obs
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
+    def value(self, obs: Tensor) -> Tensor:
         """V(s): [..., D] -> [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def act(self, obs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(self.normalize(obs))
         if greedy:
@@ -261,7 +261,7 @@ class Agent(nn.Module):
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
@@ -297,10 +297,10 @@ class Batch(NamedTuple):
 class Minibatch(NamedTuple):
     """What the loss needs of some steps, in random order."""
 
-    obs: torch.Tensor  # [M, D]
-    action: torch.Tensor  # [M] or [M, A]
-    adv: torch.Tensor  # [M]
-    ret: torch.Tensor  # [M]
+    obs: Tensor  # [M, D]
+    action: Tensor  # [M] or [M, A]
+    adv: Tensor  # [M]
+    ret: Tensor  # [M]
 
 
 @dataclass
@@ -312,7 +312,7 @@ class State:
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
     obs: np.ndarray  # [N, D] what each environment shows now
-    running_return: torch.Tensor  # [N] discounted return of each episode in progress, for --norm-reward
+    running_return: Tensor  # [N] discounted return of each episode in progress, for --norm-reward
     step: int = 0  # environment steps
     iteration: int = 0  # rollouts and updates
 
@@ -331,14 +331,8 @@ class Result(NamedTuple):
 
 
 def gae(
-    reward: torch.Tensor,
-    value: torch.Tensor,
-    next_value: torch.Tensor,
-    terminated: torch.Tensor,
-    done: torch.Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> torch.Tensor:
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -350,9 +344,7 @@ def gae(
     return adv
 
 
-def running_returns(
-    reward: torch.Tensor, done: torch.Tensor, carry: torch.Tensor, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
 
     C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
@@ -364,18 +356,18 @@ def running_returns(
     return ret, carry
 
 
-def standardize(x: torch.Tensor) -> torch.Tensor:
+def standardize(x: Tensor) -> Tensor:
     """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
-def policy_loss(logp: torch.Tensor, adv: torch.Tensor) -> torch.Tensor:
+def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
     """The policy-gradient loss: [...] -> scalar. Only its gradient means anything."""
     # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2016, eq. 1)
     return -(logp * adv).mean()
 
 
-def value_loss(value: torch.Tensor, ret: torch.Tensor) -> torch.Tensor:
+def value_loss(value: Tensor, ret: Tensor) -> Tensor:
     """Half the mean squared error: [...] -> scalar."""
     return 0.5 * ((value - ret) ** 2).mean()
 
@@ -409,7 +401,7 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
 # ======================================================= Update =======================================================
 
 
-def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch, and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
     adv = standardize(mb.adv) if args.norm_adv else mb.adv

@@ -70,6 +70,7 @@ import optax
 import tyro
 from flax import linen as nn
 from flax import serialization
+from jax import Array
 from tqdm import tqdm
 
 # ===================================================== Arguments ======================================================
@@ -205,12 +206,12 @@ class GymnaxEnvs:
         self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
         self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
 
-    def reset(self, key: jax.Array) -> tuple[Any, jax.Array]:
+    def reset(self, key: Array) -> tuple[Any, Array]:
         """-> states, obs [N, D]."""
         obs, states = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), self.params)
         return states, obs.astype(jnp.float32)
 
-    def step(self, key: jax.Array, states: Any, action: jax.Array) -> tuple:
+    def step(self, key: Array, states: Any, action: Array) -> tuple:
         """-> states, obs [N, D], reward [N], terminated [N], truncated [N], info."""
         keys, action = jax.random.split(key, self.num_envs), jax.vmap(self.to_env)(action)
         step = jax.vmap(self.env.step, (0, 0, 0, None))
@@ -219,6 +220,9 @@ class GymnaxEnvs:
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+Envs = GymnaxEnvs | gym.vector.VectorEnv
 
 
 def in_graph(args: Args) -> bool:
@@ -237,7 +241,7 @@ def in_graph(args: Args) -> bool:
     return name in gymnax.registered_envs
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv | GymnaxEnvs:
+def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     if in_graph(args):
         try:
@@ -278,11 +282,11 @@ class RunningMeanStd(nn.Module):
         self.var = self.variable("stats", "var", jnp.ones, self.size)
         self.count = self.variable("stats", "count", jnp.zeros, ())
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """The rows of x, [..., size], in deviations from the mean."""
         return (x - self.mean.value) / jnp.sqrt(self.var.value + 1e-8)
 
-    def update(self, x: jax.Array) -> None:
+    def update(self, x: Array) -> None:
         """x: [..., size]."""
         x = x.reshape(-1, self.size)
         delta, total = x.mean(0) - self.mean.value, self.count.value + len(x)
@@ -314,18 +318,18 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd(self.obs_size)
         self.return_stats = RunningMeanStd(1)
 
-    def __call__(self, obs: jax.Array) -> None:
+    def __call__(self, obs: Array) -> None:
         """Touches every part, for `init`."""
         self.value(obs), self.act(obs, None, greedy=True), self.obs_stats(obs), self.return_stats(obs[..., :1])
 
-    def normalize(self, obs: jax.Array) -> jax.Array:
+    def normalize(self, obs: Array) -> Array:
         return self.obs_stats(obs).clip(-10, 10) if self.args.norm_obs else obs
 
-    def value(self, obs: jax.Array) -> jax.Array:
+    def value(self, obs: Array) -> Array:
         """V(s): [..., D] -> [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def act(self, obs: jax.Array, key: jax.Array | None, greedy: bool = False) -> jax.Array:
+    def act(self, obs: Array, key: Array | None, greedy: bool = False) -> Array:
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(self.normalize(obs))
         if greedy:
@@ -334,7 +338,7 @@ class Agent(nn.Module):
             return (out + jax.random.gumbel(key, out.shape)).argmax(-1)
         return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
-    def log_prob(self, obs: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
         """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
@@ -347,7 +351,7 @@ class Agent(nn.Module):
         return logp, jnp.broadcast_to(entropy, logp.shape)
 
 
-def make_agent(envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> Agent:
+def make_agent(envs: Envs, args: Args) -> Agent:
     space = envs.single_action_space
     discrete = isinstance(space, gym.spaces.Discrete)
     return Agent(envs.single_observation_space.shape[0], int(space.n) if discrete else space.shape[0], discrete, args)
@@ -359,28 +363,28 @@ def make_agent(envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> Agent:
 class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where the host collects them, else JAX arrays."""
 
-    obs: jax.Array  # [T, N, D]
-    action: jax.Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
-    reward: jax.Array  # [T, N]
-    next_obs: jax.Array  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
-    terminated: jax.Array  # [T, N] the task itself ended
-    truncated: jax.Array  # [T, N] a time limit cut the episode
-    step: jax.Array  # [T] environment steps of the whole run, up to and with this row
-    episode_return: jax.Array  # [T, N] undiscounted return of the episode that ended here, if one did
-    episode_length: jax.Array  # [T, N] and its number of steps
+    obs: Array  # [T, N, D]
+    action: Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    reward: Array  # [T, N]
+    next_obs: Array  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
+    terminated: Array  # [T, N] the task itself ended
+    truncated: Array  # [T, N] a time limit cut the episode
+    step: Array  # [T] environment steps of the whole run, up to and with this row
+    episode_return: Array  # [T, N] undiscounted return of the episode that ended here, if one did
+    episode_length: Array  # [T, N] and its number of steps
 
     @property
-    def done(self) -> jax.Array:  # [T, N]
+    def done(self) -> Array:  # [T, N]
         return 1 - (1 - self.terminated) * (1 - self.truncated)
 
 
 class Minibatch(NamedTuple):
     """What the loss needs of some steps, in random order."""
 
-    obs: jax.Array  # [M, D]
-    action: jax.Array  # [M] or [M, A]
-    adv: jax.Array  # [M]
-    ret: jax.Array  # [M]
+    obs: Array  # [M, D]
+    action: Array  # [M] or [M, A]
+    adv: Array  # [M]
+    ret: Array  # [M]
 
 
 class State(NamedTuple):
@@ -388,12 +392,12 @@ class State(NamedTuple):
 
     variables: dict  # "params" and "stats" of the agent
     opt_state: optax.OptState
-    key: jax.Array
+    key: Array
     env: Any  # what the environments carry on, None where they live on the host
-    obs: jax.Array  # [N, D] what each environment shows now
-    running_return: jax.Array  # [N] discounted return of each episode in progress, for --norm-reward
-    step: jax.Array  # environment steps
-    iteration: jax.Array  # rollouts and updates
+    obs: Array  # [N, D] what each environment shows now
+    running_return: Array  # [N] discounted return of each episode in progress, for --norm-reward
+    step: Array  # environment steps
+    iteration: Array  # rollouts and updates
 
 
 class Result(NamedTuple):
@@ -410,14 +414,8 @@ class Result(NamedTuple):
 
 
 def gae(
-    reward: jax.Array,
-    value: jax.Array,
-    next_value: jax.Array,
-    terminated: jax.Array,
-    done: jax.Array,
-    gamma: float,
-    gae_lambda: float,
-) -> jax.Array:
+    reward: Array, value: Array, next_value: Array, terminated: Array, done: Array, gamma: float, gae_lambda: float
+) -> Array:
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -431,7 +429,7 @@ def gae(
     return jax.lax.scan(backward, jnp.zeros_like(delta[0]), jnp.arange(len(delta)), reverse=True)[1]
 
 
-def running_returns(reward: jax.Array, done: jax.Array, carry: jax.Array, gamma: float) -> tuple[jax.Array, jax.Array]:
+def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
     """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
 
     C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
@@ -445,18 +443,18 @@ def running_returns(reward: jax.Array, done: jax.Array, carry: jax.Array, gamma:
     return ret, carry
 
 
-def standardize(x: jax.Array) -> jax.Array:
+def standardize(x: Array) -> Array:
     """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
-def policy_loss(logp: jax.Array, adv: jax.Array) -> jax.Array:
+def policy_loss(logp: Array, adv: Array) -> Array:
     """The policy-gradient loss: [...] -> scalar. Only its gradient means anything."""
     # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2016, eq. 1)
     return -(logp * adv).mean()
 
 
-def value_loss(value: jax.Array, ret: jax.Array) -> jax.Array:
+def value_loss(value: Array, ret: Array) -> Array:
     """Half the mean squared error: [...] -> scalar."""
     return 0.5 * ((value - ret) ** 2).mean()
 
@@ -511,9 +509,7 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
 # ======================================================= Update =======================================================
 
 
-def loss_fn(
-    params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss_fn(params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a minibatch, and what to log."""
     variables = {"params": params, "stats": stats}
     logp, entropy = agent.apply(variables, mb.obs, mb.action, method="log_prob")
@@ -535,7 +531,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
-def shuffles(key: jax.Array, count: int, size: int) -> jax.Array:
+def shuffles(key: Array, count: int, size: int) -> Array:
     """`count` permutations of range(size): [count, size].
 
     Sorting words with random high bits and the index in the low ones is many times faster on a CPU than
@@ -546,7 +542,7 @@ def shuffles(key: jax.Array, count: int, size: int) -> jax.Array:
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
 
-def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, jax.Array]]:
+def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
     """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
     variables, reward, running_return = state.variables, batch.reward, state.running_return
     if args.norm_reward:
@@ -583,7 +579,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     return state._replace(step=batch.step[-1], iteration=state.iteration + 1), metrics
 
 
-def update_stats(agent: Agent, variables: dict, name: str, x: jax.Array) -> dict:
+def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
     """The variables after the running statistics `name` have seen x."""
     _, new = agent.apply(variables, x, method=lambda agent, x: getattr(agent, name).update(x), mutable="stats")
     return variables | new
@@ -642,7 +638,7 @@ def make_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def evaluate(variables: dict, key: jax.Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> jax.Array:
+def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> Array:
     """Undiscounted returns of one whole episode in each environment."""
 
     def play(carry):
@@ -657,7 +653,7 @@ def evaluate(variables: dict, key: jax.Array, agent: Agent, envs: GymnaxEnvs, ar
     return jax.lax.while_loop(lambda carry: carry[3].any(), play, carry)[-1]
 
 
-def evaluate_on_host(variables: dict, key: jax.Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
+def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
     """The same with Gymnasium, `eval_episodes` one after the other, from seeds that training never uses."""
     env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
@@ -699,7 +695,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def init_state(seed: jax.Array, agent: Agent, envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args) -> State:
+def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     key, params_key, env_key = jax.random.split(jax.random.PRNGKey(seed), 3)
     env, obs = None, jnp.zeros((args.num_envs, agent.obs_size))
     if isinstance(envs, GymnaxEnvs):
@@ -719,9 +715,7 @@ def over_seeds(function: Callable, args: Args) -> Callable:
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
 
 
-def make_train_step(
-    agent: Agent, envs: gym.vector.VectorEnv | GymnaxEnvs, args: Args
-) -> Callable[[State], tuple[State, Batch, dict[str, jax.Array]]]:
+def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
     """A rollout and its update, with what to log: one compiled function where gymnax has the environment."""
 
     def train_step(state):
