@@ -6,7 +6,7 @@
 #     "gymnax>=1.0,<1.1",
 #     "jax>=0.6,<0.11",
 #     "numpy>=1.26,<3",
-#     "optax>=0.2.4,<0.3",
+#     "optax>=0.2.6,<0.3",
 #     "six",
 #     "tensorboardX>=2.6,<3",
 #     "tqdm>=4.66,<5",
@@ -520,7 +520,7 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
             episode_length[t] = info["final_info"]["episode"]["l"]
     step = int(state.step[0]) + args.num_envs * np.arange(1, args.num_steps + 1, dtype=np.int32)
     batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
-    return state._replace(key=key[None], obs=standing[None]), batch
+    return state._replace(key=key[None], obs=standing[None].copy()), batch
 
 
 # ======================================================= Update =======================================================
@@ -543,7 +543,7 @@ def loss_fn(params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args) 
 
 def learning_rate(step: int, args: Args) -> float:
     """Constant, or from --learning-rate down to 0 at the last step."""
-    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+    return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -586,7 +586,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         i, rows = x
         mb = Minibatch(*(x[rows] for x in data))
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, variables["stats"], mb, agent, args)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         direction, new_opt_state = make_optimizer(args).update(grads, opt_state)
         new_params = jax.tree.map(lambda p, d: p - lr * d, params, direction)
         if args.target_kl is None:

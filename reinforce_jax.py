@@ -6,7 +6,7 @@
 #     "gymnax>=1.0,<1.1",
 #     "jax>=0.6,<0.11",
 #     "numpy>=1.26,<3",
-#     "optax>=0.2.4,<0.3",
+#     "optax>=0.2.6,<0.3",
 #     "six",
 #     "tensorboardX>=2.6,<3",
 #     "tqdm>=4.66,<5",
@@ -440,7 +440,7 @@ def loss_fn(params: dict, batch: Batch, ret: Array, agent: Agent, args: Args) ->
 
 def learning_rate(step: int, args: Args) -> float:
     """Constant, or from --learning-rate down to 0 at the last step."""
-    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+    return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -456,7 +456,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
     lr = learning_rate(state.step, args)
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, ret, agent, args)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     direction, opt_state = make_optimizer(args).update(grads, state.opt_state)
     params = jax.tree.map(lambda p, d: p - lr * d, params, direction)
     state = state._replace(variables={"params": params}, opt_state=opt_state)

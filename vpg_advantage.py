@@ -414,7 +414,7 @@ def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, 
 
 def learning_rate(step: int, args: Args) -> float:
     """Constant, or from --learning-rate down to 0 at the last step."""
-    return args.learning_rate * (1 - step / args.last_step) if args.anneal_lr else args.learning_rate
+    return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
