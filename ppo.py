@@ -154,8 +154,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
     # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
-    half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
@@ -464,9 +464,10 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
             optimizer.step()
             history.append(torch.stack([x.detach() for x in metrics.values()]))
-        epoch = dict(zip(metrics, torch.stack(history[-args.num_minibatches :]).mean(0), strict=True))
-        if args.target_kl is not None and epoch["approx_kl"] > args.target_kl:
-            break
+        if args.target_kl is not None:
+            epoch = torch.stack(history[-args.num_minibatches :]).mean(0)
+            if epoch[list(metrics).index("approx_kl")] > args.target_kl:
+                break
     if args.norm_obs:  # not before: the policy that learns must be the one that played
         agent.obs_stats.update(batch.obs)
     metrics = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))

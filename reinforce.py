@@ -129,8 +129,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
     # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
-    half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 

@@ -168,8 +168,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
     # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    middle = np.where(both, space.low / 2 + space.high / 2, 0).astype(space.dtype)
-    half = np.where(both, space.high / 2 - space.low / 2, 1).astype(space.dtype)
+    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
@@ -244,6 +244,8 @@ def in_graph(args: Args) -> bool:
 def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     if in_graph(args):
+        if args.async_envs:
+            raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
         try:
             return GymnaxEnvs(args.env_id, args.num_envs)
         except Exception as error:
@@ -658,14 +660,19 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
     env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
-    act = jax.jit(lambda obs, key: agent.apply(variables, obs, key, not args.eval_sample, method="act"))
+
+    @jax.jit
+    def act(obs, t):
+        return agent.apply(variables, obs, jax.random.fold_in(key, t), not args.eval_sample, method="act")
+
+    steps = itertools.count()
     returns = np.zeros(args.eval_episodes)
     for i, seed in enumerate(env_seeds(args.seed + 2**32, 0, args.eval_episodes)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
-            key, act_key = jax.random.split(key)
-            obs, reward, terminated, truncated, _ = env.step(np.asarray(act(np.asarray(obs, np.float32), act_key)))
+            action = np.asarray(act(np.asarray(obs, np.float32), next(steps)))
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += reward
             done = terminated or truncated
     env.close()

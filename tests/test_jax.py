@@ -1,0 +1,238 @@
+"""What only the JAX scripts have: environments in the program, many seeds, one compilation, exact resuming."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPTS = ("reinforce_jax", "vpg_advantage_jax", "ppo_jax")
+ROOT = Path(__file__).parent.parent
+
+
+def small_args(module, **flags):
+    """A run of some iterations on short episodes; one hidden layer, for the compiler's sake."""
+    flags = {"num_envs": 4, "total_timesteps": 640, "hidden_sizes": (8,), "eval_episodes": 2, "save_every": 0} | flags
+    if "num_steps" in module.Args.__dataclass_fields__:
+        flags = {"num_steps": 16} | flags
+    return module.Args(**flags)
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+# The state of each environment: how Gymnasium holds it, from gymnax's fields, and bounds to draw it from.
+STATES = {
+    "CartPole-v1": (("x", "x_dot", "theta", "theta_dot"), (2.4, 2.0, 0.2, 2.0)),
+    "Pendulum-v1": (("theta", "theta_dot"), (3.1, 8.0)),
+    "Acrobot-v1": (("joint_angle1", "joint_angle2", "velocity_1", "velocity_2"), (3.1, 3.1, 4.0, 9.0)),
+    "MountainCar-v0": (("position", "velocity"), (1.2, 0.07)),
+    "MountainCarContinuous-v0": (("position", "velocity"), (1.2, 0.07)),
+}
+
+
+@pytest.mark.parametrize("env_id", STATES)
+def test_gymnax_steps_as_gymnasium(env_id):
+    """From one state and one action both give one observation, reward and end; to float32 against float64."""
+    ppo_jax = importlib.import_module("ppo_jax")
+    envs = ppo_jax.GymnaxEnvs(env_id, 1)
+    host = ppo_jax.make_env(ppo_jax.Args(env_id=env_id))
+    host.reset(seed=0)
+    names, bounds = STATES[env_id]
+    rng = np.random.default_rng(0)
+    states, _ = envs.reset(jax.random.PRNGKey(0))
+    step = jax.jit(envs.step)
+    ends = 0
+    for i in range(300):
+        x = rng.uniform(-1, 1, len(names)) * bounds
+        if env_id == "MountainCarContinuous-v0":  # gymnax stops the car at the goal, and not at the left wall, -1.2
+            x = x.clip((-1.1, -0.07), (0.5, 0.07)) * (1, 1 if x[0] < 0.35 else np.sign(x[1]))
+        x = x.astype(np.float32)
+        action = rng.integers(host.action_space.n) if hasattr(host.action_space, "n") else rng.uniform(-1.5, 1.5, 1)
+        action = np.asarray(action, np.int64 if np.ndim(action) == 0 else np.float32)
+        inner = states.env_state.replace(**dict(zip(names, x[:, None], strict=True)), time=jnp.array([i % 100]))
+        _, _, reward, terminated, truncated, info = step(
+            jax.random.PRNGKey(i), states.replace(env_state=inner), jnp.asarray(action[None])
+        )
+        host.unwrapped.state = x.astype(np.float64)
+        if env_id == "CartPole-v1":
+            host.unwrapped.steps_beyond_terminated = None
+        obs, host_reward, host_terminated, _, _ = host.unwrapped.step(np.asarray(host.func(action)))
+        np.testing.assert_allclose(info["final_observation"][0], obs, rtol=1e-4, atol=1e-4)
+        inside = env_id != "CartPole-v1" or (abs(x[0]) < 2.4 and abs(x[2]) < 0.2)  # it rewards by the state left
+        if inside:
+            np.testing.assert_allclose(reward[0], host_reward, rtol=1e-4, atol=1e-4)
+        assert bool(terminated[0]) == bool(host_terminated)
+        assert not truncated[0]
+        ends += bool(host_terminated)
+    assert (ends > 0) == (env_id != "Pendulum-v1")
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_gymnax_time_limit(env_id):
+    """At the limit truncated alone is set, the last observation is in the info and the next one is a start."""
+    ppo_jax = importlib.import_module("ppo_jax")
+    envs = ppo_jax.GymnaxEnvs(env_id, 2)
+    limit = gym.spec(env_id).max_episode_steps
+    assert int(envs.params.max_steps_in_episode) == limit
+    states, _ = envs.reset(jax.random.PRNGKey(0))
+    upright = {"x": 0.0, "x_dot": 0.0, "theta": 0.0, "theta_dot": 0.0} if env_id == "CartPole-v1" else {}
+    inner = states.env_state.replace(time=jnp.array([limit - 1, 3]), **{k: jnp.zeros(2) for k in upright})
+    action = jnp.zeros(2, jnp.int32) if upright else jnp.zeros((2, 1))
+    states, obs, _, terminated, truncated, info = envs.step(
+        jax.random.PRNGKey(1), states.replace(env_state=inner), action
+    )
+    assert truncated.tolist() == [1, 0]
+    assert terminated.tolist() == [0, 0]
+    np.testing.assert_array_equal(states.env_state.time, [0, 4])
+    assert not np.array_equal(obs[0], info["final_observation"][0])
+    np.testing.assert_array_equal(obs[1], info["final_observation"][1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_program_compiles_once(script, monkeypatch):
+    """Whatever train_step was compiled from the first state serves all iterations."""
+    module = importlib.import_module(script)
+    made = []
+
+    def recording(*args):
+        made.append(make_train_step(*args))
+        return made[-1]
+
+    make_train_step = module.make_train_step
+    monkeypatch.setattr(module, "make_train_step", recording)
+    result = module.train(small_args(module))
+    assert result.episode_steps[-1] > 320  # more than one iteration
+    assert [train_step._cache_size() for train_step in made] == [1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_seeds_follow_their_single_runs(script):
+    """Agent i of --num-seeds starts as the run of seed + i and is where that one is after ten iterations."""
+    module = importlib.import_module(script)
+    args = small_args(module, seed=5, num_seeds=2, learning_rate=1e-3)
+    both = module.train(args)
+    singles = [module.train(small_args(module, seed=seed, learning_rate=1e-3)) for seed in (5, 6)]
+    for i, single in enumerate(singles):
+        for x, y in zip(leaves(both.agent), leaves(single.agent), strict=True):
+            np.testing.assert_allclose(x[i], y, atol=1e-5)
+        np.testing.assert_array_equal(both.episode_returns[i], single.episode_returns)
+        np.testing.assert_array_equal(both.episode_steps[i], single.episode_steps)
+    assert not np.array_equal(both.episode_returns[0], both.episode_returns[1])
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_is_exact(script, num_seeds):
+    """A run resumed from the checkpoint of its middle ends bit for bit where the uninterrupted one ends."""
+    module = importlib.import_module(script)
+    args = small_args(module, num_seeds=num_seeds, save_every=1, eval_episodes=0)
+    middle, save = Path("middle"), module.save
+
+    def copying_save(state, recent_returns, args, run_dir):
+        save(state, recent_returns, args, run_dir)
+        if int(np.max(state.iteration)) == 3:
+            shutil.copytree(run_dir, middle, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save", copying_save)
+        straight = module.train(args)
+    resumed = module.train(small_args(module, num_seeds=num_seeds, resume=str(middle), eval_episodes=0))
+    for x, y in zip(leaves(straight.agent), leaves(resumed.agent), strict=True):
+        np.testing.assert_array_equal(x, y)
+    ours = resumed.episode_returns if num_seeds == 1 else resumed.episode_returns[0]
+    theirs = straight.episode_returns if num_seeds == 1 else straight.episode_returns[0]
+    np.testing.assert_array_equal(ours, theirs[-len(ours) :])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_only_evaluates_each_agent(script, capsys):
+    """The checkpoint of several agents: a line for each, and the numbers of the run's own evaluation."""
+    module = importlib.import_module(script)
+    result = module.train(small_args(module, num_seeds=3))
+    capsys.readouterr()
+    again = module.train(small_args(module, num_seeds=3, resume=str(result.run_dir), eval_only=True))
+    np.testing.assert_array_equal(result.eval_returns, again.eval_returns)
+    assert again.eval_returns.shape == (3, 2)
+    assert [f"seed {seed}: evaluation" in capsys.readouterr().out or seed for seed in (1,)] == [True]
+
+
+def test_rollout_of_reinforce_stops_with_the_last_episode():
+    """The buffer has the length of the time limit, but no step is played once every environment is done."""
+    module = importlib.import_module("reinforce_jax")
+    args = small_args(module)
+    envs = module.make_envs(args)
+    agent = module.make_agent(envs, args)
+    state = module.init_state(np.uint32(1), agent, args)
+    _, batch = jax.jit(lambda state: module.rollout(state, agent, envs, args))(state)
+    lengths = np.asarray(batch.mask.sum(0))
+    assert batch.obs.shape == (500, 4, 4)
+    assert (np.asarray(batch.obs[: int(lengths.max())]) != 0).any(-1).all()
+    assert (np.asarray(batch.obs[int(lengths.max()) :]) == 0).all()
+    t = lengths.astype(int) - 1
+    np.testing.assert_array_equal(batch.done.sum(0), 1)
+    np.testing.assert_array_equal(batch.done[t, np.arange(4)], 1)
+    np.testing.assert_array_equal(batch.episode_return[t, np.arange(4)], lengths)
+    assert int(batch.step[-1]) == lengths.sum()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_many_seeds_need_gymnax(script):
+    module = importlib.import_module(script)
+    with pytest.raises(ValueError, match="--num-seeds 2"):
+        module.train(small_args(module, env_id="FrozenLake-v1", num_seeds=2))
+    assert not Path("runs").exists()
+
+
+CHOICES = [("CartPole-v1", True), ("Breakout-MinAtar", True), ("FrozenLake-v1", False), ("tests.toy_envs:X-v0", False)]
+
+
+@pytest.mark.parametrize(("env_id", "expected"), CHOICES)
+def test_backend(env_id, expected):
+    """auto takes gymnax where it has the environment; the flag overrides."""
+    module = importlib.import_module("ppo_jax")
+    assert module.in_graph(module.Args(env_id=env_id)) == expected
+    assert module.in_graph(module.Args(env_id=env_id, env_backend="gymnax"))
+    assert not module.in_graph(module.Args(env_id=env_id, env_backend="gymnasium"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports(script):
+    """No torch, no gymnax (it takes seconds) and no started backend on import; no gymnax for others' environments."""
+    code = f"""
+import sys, {script} as module
+assert not {{"torch", "gymnax", "tensorboardX"}} & set(sys.modules)
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+assert not module.in_graph(module.Args(env_id="FrozenLake-v1"))
+assert "gymnax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_host_environments_do_not_hang(script):
+    """500,000 steps on one core with large observations: host and compiled program never wait for each other."""
+    flags = ["--env-id", "tests.toy_envs:LargeObs-v0", "--total-timesteps", "500000", "--num-envs", "16"]
+    command = [
+        "taskset",
+        "-c",
+        "0",
+        sys.executable,
+        "-m",
+        script,
+        *flags,
+        "--hidden-sizes",
+        "8",
+        "--eval-episodes",
+        "0",
+    ]
+    subprocess.run(command, check=True, timeout=1800, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
