@@ -40,6 +40,7 @@ Diff:  diff reinforce.py vpg_advantage.py (what the baseline adds), diff vpg_adv
 import itertools
 import json
 import math
+import multiprocessing
 import re
 import signal
 import sys
@@ -161,8 +162,13 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
+    if args.async_envs and multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
     try:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
+        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError("cannot be rendered for --capture-video")
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
             raise ValueError(f"image observations {space} need a convolutional network")
@@ -183,9 +189,10 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, step: int, count: int) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators."""
-    return np.random.SeedSequence((seed, step)).generate_state(count).tolist()
+def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation."""
+    return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
 # ====================================================== Networks ======================================================
@@ -483,7 +490,7 @@ def load(state: State, args: Args) -> Path:
     try:
         # weights_only admits tensors and plain Python values: a stranger's file cannot run code
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["identity"]
+        theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
     for name, ours in identity(args).items():
@@ -519,7 +526,7 @@ def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed + 2**32, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
@@ -571,7 +578,8 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             state, metrics = update(state, batch, args)
             state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
             if not all(map(math.isfinite, metrics.values())):
-                saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
+                path = run_dir / "checkpoint.pt"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
 
             for t, n in np.argwhere(batch.done):
@@ -627,7 +635,7 @@ def train(args: Args) -> Result:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+            state.obs, _ = envs.reset(seed=env_seeds(args.seed, 0, state.step, args.num_envs))
             episodes = learn(state, envs, args, run_dir)
 
     eval_returns = np.zeros(0)

@@ -47,6 +47,7 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -177,8 +178,13 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
+    if args.async_envs and multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
     try:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
+        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+        if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise ValueError("cannot be rendered for --capture-video")
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
             raise ValueError(f"image observations {space} need a convolutional network")
@@ -246,6 +252,8 @@ def make_envs(args: Args) -> Envs:
     if in_graph(args):
         if args.async_envs:
             raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
+        if args.capture_video:
+            make_env(args).close()  # the evaluation needs it
         try:
             return GymnaxEnvs(args.env_id, args.num_envs)
         except Exception as error:
@@ -257,9 +265,10 @@ def make_envs(args: Args) -> Envs:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, step: int, count: int) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators."""
-    return np.random.SeedSequence((seed, step)).generate_state(count).tolist()
+def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation."""
+    return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
 # ====================================================== Networks ======================================================
@@ -611,7 +620,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
     try:
         saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
         meta = json.loads(saved["meta"])
-        theirs = meta["identity"]
+        theirs = dict(meta["identity"])
     except Exception as error:
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
     for name, ours in json.loads(json.dumps(identity(args))).items():
@@ -667,7 +676,7 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
 
     steps = itertools.count()
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed + 2**32, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
@@ -767,7 +776,8 @@ def learn(
             batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration.max()))
             step = int(batch.step[:, -1].min())
             if not all(np.isfinite(x).all() for x in metrics.values()):
-                saved = f"the last good checkpoint is {run_dir}" if args.save_every else "none was saved"
+                path = run_dir / "checkpoint.msgpack"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise FloatingPointError(f"iteration {iteration}: not finite: {metrics}; {saved}")
 
             for s, t, n in np.argwhere(batch.done):
@@ -840,7 +850,7 @@ def train(args: Args) -> Result:
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):
-                state = state._replace(obs=envs.reset(seed=env_seeds(args.seed, step, args.num_envs))[0][None])
+                state = state._replace(obs=envs.reset(seed=env_seeds(args.seed, 0, step, args.num_envs))[0][None])
             train_step = make_train_step(agent, envs, args)
             state, episodes = learn(state, recent_returns, train_step, args, run_dir)
 
