@@ -191,7 +191,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
     Stream 0 is for training, 1 for evaluation."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
@@ -551,7 +551,7 @@ def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
@@ -660,7 +660,7 @@ def train(args: Args) -> Result:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            state.obs, _ = envs.reset(seed=env_seeds(args.seed, 0, state.step, args.num_envs))
+            state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
             episodes = learn(state, envs, args, run_dir)
 
     eval_returns = np.zeros(0)

@@ -267,7 +267,7 @@ def make_envs(args: Args) -> Envs:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
     Stream 0 is for training, 1 for evaluation."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
@@ -568,7 +568,7 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     Sorting words with random high bits and the index in the low ones is many times faster on a CPU than
     jax.random.permutation, which sorts pairs. Equal high bits, one pair in 2^(32 - bits), keep their order.
     """
-    bits = max(size - 1, 1).bit_length()
+    bits = (size - 1).bit_length()
     words = jax.random.bits(key, (count, size)) >> bits << bits | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
@@ -705,7 +705,7 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
 
     steps = itertools.count()
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
@@ -879,7 +879,7 @@ def train(args: Args) -> Result:
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):
-                state = state._replace(obs=envs.reset(seed=env_seeds(args.seed, 0, step, args.num_envs))[0][None])
+                state = state._replace(obs=envs.reset(seed=env_seeds(args.seed, step, args.num_envs))[0][None])
             train_step = make_train_step(agent, envs, args)
             state, episodes = learn(state, recent_returns, train_step, args, run_dir)
 

@@ -168,7 +168,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
     Stream 0 is for training, 1 for evaluation."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
@@ -297,7 +297,7 @@ def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
 @torch.inference_mode()
 def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
-    state_obs, _ = envs.reset(seed=env_seeds(args.seed, 0, state.step, args.num_envs))
+    state_obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
     num_steps = args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
     obs = np.empty((num_steps, *state_obs.shape), np.float32)
     action = np.empty((num_steps, *envs.action_space.shape), envs.action_space.dtype)
@@ -422,7 +422,7 @@ def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:

@@ -246,7 +246,7 @@ def make_envs(args: Args) -> Envs:
     return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
 
 
-def env_seeds(seed: int, stream: int, step: int, count: int) -> list[int]:
+def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
     Stream 0 is for training, 1 for evaluation."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
@@ -414,7 +414,7 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
     key, rollout_key = jax.random.split(state.key[0])
-    standing, _ = envs.reset(seed=env_seeds(args.seed, 0, int(state.step[0]), args.num_envs))
+    standing, _ = envs.reset(seed=env_seeds(args.seed, int(state.step[0]), args.num_envs))
     num_steps = args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
     obs = np.zeros((num_steps, *standing.shape), np.float32)
     action = np.zeros((num_steps, *envs.action_space.shape), envs.action_space.dtype)
@@ -553,7 +553,7 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
 
     steps = itertools.count()
     returns = np.zeros(args.eval_episodes)
-    for i, seed in enumerate(env_seeds(args.seed, 1, 0, args.eval_episodes)):
+    for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:

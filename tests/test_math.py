@@ -1,0 +1,446 @@
+"""The pure functions of every script against oracles that share no code with them: numbers worked out by hand, sums
+written from the definition in float64, NumPy.
+
+Tolerances are a few units in the last place of float32 (6e-8 of the largest number that takes part) unless said
+otherwise.
+"""
+
+import functools
+import importlib
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+BACKENDS = ["torch", "jax"]  # the scripts and their *_jax twins
+ACTOR_CRITIC = pytest.mark.parametrize("script", ["vpg_advantage", "ppo"])  # which have some functions in common
+DRAWN = settings(deadline=None, derandomize=True, database=None, max_examples=100)
+
+
+class Torch:
+    """Calls a function of a PyTorch script with NumPy arrays, or lists, and gives NumPy back."""
+
+    suffix = ""
+
+    def __init__(self):
+        for name in ("reinforce", "vpg_advantage", "ppo"):
+            setattr(self, name, importlib.import_module(name + self.suffix))
+
+    def convert(self, x):
+        return self.array(x) if isinstance(x, list | np.ndarray) else x
+
+    def array(self, x):
+        return torch.tensor(np.asarray(x, np.float32))
+
+    def call(self, function, *args):
+        """The result; a tuple of arrays where the function returns several."""
+        out = function(*map(self.convert, args))
+        return tuple(map(np.asarray, out)) if isinstance(out, tuple) else np.asarray(out)
+
+    def grad(self, function, x, *args):
+        """Gradient of the scalar function with respect to its first argument."""
+        x = self.convert(x).requires_grad_()
+        return torch.autograd.grad(function(x, *map(self.convert, args)), x)[0].numpy()
+
+
+class Jax(Torch):
+    """The same for the JAX scripts, compiled as they are in use."""
+
+    suffix = "_jax"
+
+    def __init__(self):
+        super().__init__()
+        jax = importlib.import_module("jax")
+        self.compile = functools.cache(jax.jit)
+        self.compile_grad = functools.cache(lambda function: jax.jit(jax.grad(function)))
+
+    def array(self, x):
+        return np.asarray(x, np.float32)
+
+    def call(self, function, *args):
+        return super().call(self.compile(function), *args)
+
+    def grad(self, function, *args):
+        return super().call(self.compile_grad(function), *args)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return {"torch": Torch, "jax": Jax}[request.param]()
+
+
+def column(*numbers):
+    """[T, 1], one environment."""
+    return np.array(numbers, np.float32)[:, None]
+
+
+def close(actual, expected, tol=1e-6):
+    """Equal up to `tol` of the size of the numbers, and of the same shape: no broadcasting."""
+    expected = np.asarray(expected)
+    assert np.shape(actual) == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=tol, atol=tol)
+
+
+def random_episodes(seed):
+    """A batch in which terminations and time limits, sometimes both at once, cut several episodes."""
+    rng = np.random.default_rng(seed)
+    shape = T, _ = (12, 3) if seed else (1, 1)
+    reward, value, final_value = rng.normal(size=(3, *shape))
+    terminated, truncated = (rng.random((2, *shape)) < 0.2).astype(float)
+    done = np.maximum(terminated, truncated)
+    following = np.concatenate([value[1:], final_value[-1:]])
+    next_value = np.where(done == 1, final_value, following)  # V of the last observation, not of the reset one
+    return T, reward, value, next_value, terminated, done
+
+
+# ====================================================== Actions =======================================================
+
+
+@pytest.mark.filterwarnings("error")  # such as infinity - infinity
+@pytest.mark.parametrize("script", ["reinforce", "vpg_advantage", "ppo"])
+def test_action_frame(backend, script):
+    """Two bounds: -1 and 1 become them and what is outside is clipped; one bound clips, none lets everything pass;
+    Discrete actions are shifted to where the space starts."""
+    low, high = [-2, 0, -np.inf, -1], [3, 1, np.inf, np.inf]
+    space = gym.spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+    frame, to_env = getattr(backend, script).action_frame(space)
+    assert frame.shape == (4,)
+    for a, expected in [(-1, [-2, 0, -1, -1]), (0.5, [1.75, 0.75, 0.5, 0.5]), (-7, [-2, 0, -7, -1]), (7, [3, 1, 7, 7])]:
+        close(to_env(np.full(4, a, np.float32)), expected)
+    frame, to_env = getattr(backend, script).action_frame(gym.spaces.Discrete(3, start=5))
+    assert (frame.n, frame.start) == (3, 0)
+    assert [to_env(np.int64(a)) for a in range(3)] == [5, 6, 7]
+
+
+# ====================================================== Returns =======================================================
+
+
+def test_discounted_returns_printed_check(backend):
+    """The course's printed numbers, two episodes of rewards 0, 1, ..., 10, to all their decimals."""
+    printed = "1.9883 3.9766 5.9531 7.9062 9.8125 11.6250 13.2500 14.5000 15.0000 14.0000 10.0000"
+    reward, done = column(*range(11), *range(11)), column(*[0] * 10, 1, *[0] * 10, 1)
+    ret = backend.call(backend.reinforce.discounted_returns, reward, done, 0.5)
+    assert " ".join(f"{x:.4f}" for x in ret[:, 0]) == f"{printed} {printed}"
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_discounted_returns_double_sum(backend, seed, gamma):
+    """G_t = sum_i gamma^(i-t) R_i up to the episode's end: a wrong exponent, or a sum that runs across the end."""
+    T, reward, _, _, _, done = random_episodes(seed)
+    expected = np.zeros_like(reward)
+    for t, n in np.ndindex(reward.shape):
+        end = next((i for i in range(t, T) if done[i, n]), T - 1)
+        expected[t, n] = sum(gamma ** (i - t) * reward[i, n] for i in range(t, end + 1))
+    close(backend.call(backend.reinforce.discounted_returns, reward, done, gamma), expected, 1e-5)
+
+
+@ACTOR_CRITIC
+def test_running_returns_by_hand(backend, script):
+    """Two three-step episodes beside one that goes on: (1 - done) applied too early drops the history, applied not at
+    all leaks an episode into the next one."""
+    reward = np.array([[1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [6, 6]])
+    done = np.array([[0, 0], [0, 0], [1, 0], [0, 0], [0, 0], [1, 0]])
+    ret, carry = backend.call(getattr(backend, script).running_returns, reward, done, np.array([0, 2]), 0.5)
+    close(ret[:, 0], [1, 2.5, 4.25, 4, 7, 9.5])
+    close(ret[:, 1], [2, 3, 4.5, 6.25, 8.125, 10.0625])
+    close(carry, [0, 10.0625])
+
+
+@ACTOR_CRITIC
+def test_running_returns_carry(backend, script):
+    """A rollout's end is no episode's end: two halves, the carry handed over, give what one piece gives."""
+    running_returns = getattr(backend, script).running_returns
+    _, reward, _, _, _, done = random_episodes(3)
+    reward, done, zero = np.tile(reward, (2, 1)), np.tile(done, (2, 1)), np.zeros(reward.shape[1])
+    half = len(reward) // 2 - 1
+    whole, last = backend.call(running_returns, reward, done, zero, 0.9)
+    first_part, carry = backend.call(running_returns, reward[:half], done[:half], zero, 0.9)
+    second_part, carry = backend.call(running_returns, reward[half:], done[half:], carry, 0.9)
+    close(np.concatenate([first_part, second_part]), whole)
+    close(carry, last)
+
+
+# ===================================================== Advantages =====================================================
+
+
+@ACTOR_CRITIC
+def test_gae_done_index(backend, script):
+    """The flag belongs to the step that ended: with done at t = 1, A_1 = R_1 - V_1, whatever the reset state's value
+    of 100 and the final state's of 50 say."""
+    reward, value, next_value = column(1, 2, 3), column(0.5, 0.7, 100), column(0.7, 50, 60)
+    done = column(0, 1, 0)
+    adv = backend.call(getattr(backend, script).gae, reward, value, next_value, done, done, 0.5, 0.8)
+    a1, a2 = 2 - 0.7, 3 + 0.5 * 60 - 100
+    close(adv, column(1 + 0.5 * 0.7 - 0.5 + 0.4 * a1, a1, a2))
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize(("terminated", "bootstrap"), [(0, 50), (1, 0)])
+def test_gae_time_limit(backend, script, terminated, bootstrap):
+    """A time limit bootstraps from V(final observation), unless the task ended on the same step; nothing is carried
+    across it."""
+    reward, value, next_value = column(1, 2, 3), column(0.5, 0.7, 100), column(0.7, 50, 60)
+    adv = backend.call(
+        getattr(backend, script).gae, reward, value, next_value, column(0, terminated, 0), column(0, 1, 0), 0.5, 0.8
+    )
+    a1 = 2 + 0.5 * bootstrap - 0.7
+    close(adv, column(1 + 0.5 * 0.7 - 0.5 + 0.4 * a1, a1, 3 + 0.5 * 60 - 100))
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize(("terminated", "bootstrap"), [(0, 30), (1, 0)])
+def test_gae_last_step(backend, script, terminated, bootstrap):
+    """The rollout's last step looks at its own flag: a bootstrap from a terminal state, or none from a live one."""
+    last = column(0, terminated)
+    args = column(1, 2), column(4, 8), column(8, 30), last, last, 0.5, 0.8
+    a1 = 2 + 0.5 * bootstrap - 8
+    close(backend.call(getattr(backend, script).gae, *args), column(1 + 0.5 * 8 - 4 + 0.4 * a1, a1))
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize("seed", range(20))
+def test_gae_double_sum(backend, script, seed):
+    """A_t = sum_l (gamma lambda)^l delta_{t+l} up to the episode's end: the exponent that three libraries misprint."""
+    T, reward, value, next_value, terminated, done = random_episodes(seed)
+    gamma, lam = np.random.default_rng(seed).uniform(0.5, 1, 2)
+    expected = np.zeros_like(reward)
+    for t, n in np.ndindex(reward.shape):
+        for i in range(t, T):
+            bootstrap = 0 if terminated[i, n] else gamma * next_value[i, n]
+            expected[t, n] += (gamma * lam) ** (i - t) * (reward[i, n] + bootstrap - value[i, n])
+            if done[i, n]:
+                break
+    adv = backend.call(getattr(backend, script).gae, reward, value, next_value, terminated, done, gamma, lam)
+    close(adv, expected, 1e-5)
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize("seed", range(10))
+def test_gae_lambda_zero_and_one(backend, script, seed):
+    """lambda 0 is the TD error; lambda 1 is the discounted return, bootstrapped where it was cut, minus the value."""
+    T, reward, value, next_value, terminated, done = random_episodes(seed)
+    td, mc = (
+        backend.call(getattr(backend, script).gae, reward, value, next_value, terminated, done, 0.9, lam)
+        for lam in (0.0, 1.0)
+    )
+    for t, n in np.ndindex(reward.shape):
+        end = next((i for i in range(t, T) if done[i, n]), T - 1)
+        rest = [0 if terminated[i, n] else 0.9 * next_value[i, n] for i in (t, end)]
+        close(td[t, n], reward[t, n] + rest[0] - value[t, n], 1e-5)
+        ret = sum(0.9 ** (i - t) * reward[i, n] for i in range(t, end + 1)) + 0.9 ** (end - t) * rest[1]
+        close(mc[t, n], ret - value[t, n], 1e-5)
+
+
+# ================================================== Standardisation ===================================================
+
+
+@ACTOR_CRITIC
+def test_standardize(backend, script):
+    """(x - mean) / population deviation, by hand: 1, 2, 3, 6 have mean 3 and variance 3.5; n - 1 would say 4.67."""
+    out = backend.call(getattr(backend, script).standardize, [1.0, 2.0, 3.0, 6.0])
+    close(out, np.array([-2, -1, 0, 3]) / math.sqrt(3.5))
+
+
+def test_standardize_masked(backend):
+    """The same with steps that do not count, however large: they move neither mean nor deviation."""
+    x, mask = np.array([[1, 2], [3, 6], [1e6, -1e7]]), np.array([[1, 1], [1, 1], [0, 0]])
+    out = backend.call(backend.reinforce.standardize, x, mask)
+    close(out[:2], np.array([[-2, -1], [0, 3]]) / math.sqrt(3.5))
+
+
+@pytest.mark.parametrize("x", [[7.0], [7.0, 7.0, 7.0]])
+def test_standardize_without_spread(backend, x):
+    """One step, or equal numbers, become 0: the deviation with n - 1 is NaN for one number, no epsilon gives 0 / 0."""
+    for script in (backend.vpg_advantage, backend.ppo):
+        close(backend.call(script.standardize, x), np.zeros(len(x)))
+    close(backend.call(backend.reinforce.standardize, [x], [[1.0] * len(x)]), np.zeros((1, len(x))))
+
+
+# =================================================== Policy losses ====================================================
+
+
+def test_reinforce_policy_loss(backend):
+    """-1/N sum_n sum_t logp G over two episodes, of two steps and of one: not the mean over steps."""
+    logp, ret = np.array([[-1, -2], [-0.5, -3]]), np.array([[3, 5], [4, 7]])
+    mask, f = np.array([[1, 1], [1, 0]]), backend.reinforce.policy_loss
+    close(backend.call(f, logp, ret, mask), (1 * 3 + 2 * 5 + 0.5 * 4) / 2)
+    close(backend.grad(f, logp, ret, mask), np.array([[-3, -5], [-4, 0]]) / 2)
+
+
+@pytest.mark.parametrize("junk", [1.0, -1e3, 1e15])
+def test_reinforce_masked_steps(backend, junk):
+    """What an environment does after its episode, however large, changes neither loss nor gradient."""
+    rng = np.random.default_rng(0)
+    logp, ret = rng.normal(size=(2, 5, 3))
+    mask = (np.arange(5)[:, None] < [5, 2, 3]).astype(float)
+    f = backend.reinforce.policy_loss
+    masked = [np.where(mask == 1, x, junk) for x in (logp, ret)]
+    clean = [np.where(mask == 1, x, 0) for x in (logp, ret)]
+    expected = -sum(logp[t, n] * ret[t, n] for n, length in enumerate([5, 2, 3]) for t in range(length)) / 3
+    close(backend.call(f, *masked, mask), expected)
+    assert np.array_equal(backend.grad(f, *masked, mask), backend.grad(f, *clean, mask))
+
+
+def test_vpg_policy_loss(backend):
+    """-mean(logp A) and its gradient -A / n."""
+    logp, adv = np.array([-1, -2, -0.5]), np.array([2, -1, 4])
+    f = backend.vpg_advantage.policy_loss
+    close(backend.call(f, logp, adv), (1 * 2 - 2 * 1 + 0.5 * 4) / 3)
+    close(backend.grad(f, logp, adv), np.array([-2, 1, -4]) / 3)
+
+
+CLIP_CASES = [  # ratio, advantage, loss = -min(r A, clip(r, 0.8, 1.2) A), d loss / d logp = -r A where r A is the min
+    (1.5, 2, -2.4, 0.0),  # good and already likelier: nothing more to gain
+    (0.5, 2, -1.0, -1.0),  # good and less likely: pulled back, however far
+    (1.5, -2, 3.0, 3.0),  # bad and likelier: pushed down, however far
+    (0.5, -2, 1.6, 0.0),  # bad and already less likely
+    (1.1, 2, -2.2, -2.2),  # within the range it is the plain surrogate
+    (0.9, -2, 1.8, 1.8),
+]
+
+
+@pytest.mark.parametrize(("ratio", "adv", "loss", "gradient"), CLIP_CASES)
+def test_ppo_policy_loss_cases(backend, ratio, adv, loss, gradient):
+    """Sign of the advantage x side of the clip range: a clip without the min stops the wrong two of them."""
+    args = [math.log(ratio) - 3], [-3.0], [adv], 0.2
+    close(backend.call(backend.ppo.policy_loss, *args), loss)
+    close(backend.grad(backend.ppo.policy_loss, *args), [gradient])
+
+
+def test_ppo_policy_loss_mean(backend):
+    """All cases at once give the mean: min and clip act on every sample by itself."""
+    ratio, adv, loss, gradient = np.array(CLIP_CASES).T
+    args = np.log(ratio), np.zeros(6), adv, 0.2
+    close(backend.call(backend.ppo.policy_loss, *args), loss.mean())
+    close(backend.grad(backend.ppo.policy_loss, *args), gradient / 6)
+
+
+@pytest.mark.parametrize("log_ratio", [-20.0, -1.0, 0.0, 1.0, 20.0])
+@pytest.mark.parametrize("adv", [-10.0, 10.0])
+def test_ppo_policy_loss_far_ratios(backend, log_ratio, adv):
+    """Finite and right as far as is promised, |logp - logp_old| <= 20."""
+    r = math.exp(log_ratio)
+    plain, clipped = r * adv, min(max(r, 0.8), 1.2) * adv
+    args = [log_ratio], [0.0], [adv], 0.2
+    close(backend.call(backend.ppo.policy_loss, *args), -min(plain, clipped))
+    close(backend.grad(backend.ppo.policy_loss, *args), [-plain if plain < clipped or 0.8 < r < 1.2 else 0])
+
+
+# ==================================================== Value losses ====================================================
+
+
+@pytest.mark.parametrize("script", ["vpg_advantage", "ppo without clipping"])
+def test_value_loss(backend, script):
+    """Half the mean squared error; PPO's old value has no say unless the clip is on."""
+    value, ret = np.array([1, 2, 5]), np.array([0, 4, 2])
+    rest, f = (ret,), backend.vpg_advantage.value_loss
+    if script != "vpg_advantage":
+        rest, f = (np.array([9, -9, 9]), ret, None), backend.ppo.value_loss
+    close(backend.call(f, value, *rest), 0.5 * (1 + 4 + 9) / 3)
+    close(backend.grad(f, value, *rest), np.array([1, -2, 3]) / 3)
+
+
+VALUE_CASES = [  # value, return, 0.5 max((v - G)^2, (clip(v, 4.8, 5.2) - G)^2), d loss / d value; the old value is 5
+    (6, 6, 0.32, 0.0),  # moved past the clip onto the return: the clipped error, 0.8, is the larger
+    (4, 4, 0.32, 0.0),
+    (6, 4, 2.0, 2.0),  # moved away from the return: the plain error is the larger
+    (4, 6, 2.0, -2.0),
+    (5.1, 6, 0.405, -0.9),  # not clipped, both are the same
+]
+
+
+@pytest.mark.parametrize(("value", "ret", "loss", "gradient"), VALUE_CASES)
+def test_ppo_value_loss_clipped(backend, value, ret, loss, gradient):
+    """The larger of the two losses: the smaller would reward large moves."""
+    args = [value], [5.0], [ret], 0.2
+    close(backend.call(backend.ppo.value_loss, *args), loss)
+    close(backend.grad(backend.ppo.value_loss, *args), [gradient])
+
+
+def test_ppo_value_loss_clipped_mean(backend):
+    """The larger is taken sample by sample, then the mean."""
+    value, ret, loss, gradient = np.array(VALUE_CASES).T
+    args = value, np.full(5, 5.0), ret, 0.2
+    close(backend.call(backend.ppo.value_loss, *args), loss.mean())
+    close(backend.grad(backend.ppo.value_loss, *args), gradient / 5)
+
+
+# ==================================================== Approximate KL ==================================================
+
+LOG_RATIOS = st.lists(  # of all sizes, from far below the resolution of float32 up to 20
+    st.tuples(st.sampled_from([1, -1]), st.floats(-12, math.log10(20))), min_size=1, max_size=5
+).map(lambda draws: np.array([sign * 10**exponent for sign, exponent in draws], np.float32))
+
+
+@DRAWN
+@given(log_ratio=LOG_RATIOS)
+def test_approx_kl_exact(backend, log_ratio):
+    """The mean of expm1(x) - x, in float64; swapped arguments or the estimator -x differ in the first digit."""
+    x = log_ratio.astype(np.float64)
+    tol = 1e-6 * (np.abs(np.expm1(x)) + np.abs(x)).mean()  # of a small x, subtraction leaves only x^2 / 2
+    actual = backend.call(backend.ppo.approx_kl, log_ratio, np.zeros_like(log_ratio))
+    assert actual.shape == ()
+    assert abs(actual - (np.expm1(x) - x).mean()) <= tol
+
+
+@DRAWN
+@given(logp_old=st.floats(-12, 0, width=32), log_ratio=LOG_RATIOS)
+def test_approx_kl_is_never_negative(backend, logp_old, log_ratio):
+    """Nor is its gradient infinite. (r - 1) - log r as in the textbook is negative for a quarter of these inputs."""
+    logp_old = np.full_like(log_ratio, logp_old)
+    args = logp_old + log_ratio, logp_old
+    assert backend.call(backend.ppo.approx_kl, *args) >= 0
+    assert np.isfinite(backend.grad(backend.ppo.approx_kl, *args)).all()
+
+
+def test_approx_kl_of_distributions(backend):
+    """Over samples of pi_old its mean is KL(pi_old || pi): here every action as often as pi_old takes it."""
+    old, new = np.array([0.5, 0.25, 0.25]), np.array([0.4, 0.4, 0.2])
+    action = [0, 0, 1, 2]
+    kl = (old * np.log(old / new)).sum()
+    close(backend.call(backend.ppo.approx_kl, np.log(new)[action], np.log(old)[action]), kl)
+
+
+# ======================================================= Shapes =======================================================
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize(
+    ("script", "name", "count", "rest"),
+    [
+        ("vpg_advantage", "policy_loss", 2, ()),
+        ("vpg_advantage", "value_loss", 2, ()),
+        ("ppo", "policy_loss", 3, (0.2,)),
+        ("ppo", "value_loss", 3, (0.2,)),
+        ("ppo", "value_loss", 3, (None,)),
+        ("ppo", "approx_kl", 2, ()),
+    ],
+)
+def test_losses_take_any_leading_shape(backend, script, name, count, rest, shape):
+    """One sample at a time and averaged, or all at once in any shape: the same scalar."""
+    f, x = getattr(getattr(backend, script), name), np.random.default_rng(0).normal(size=(count, 6))
+    one_by_one = [backend.call(f, *(row[i : i + 1] for row in x), *rest) for i in range(6)]
+    close(backend.call(f, *x.reshape(count, *shape), *rest), np.mean(one_by_one))
+
+
+# ====================================================== Shuffling =====================================================
+
+
+@pytest.mark.parametrize("script", ["vpg_advantage_jax", "ppo_jax"])
+def test_shuffles(script):
+    """Sorting words whose low bits are the index gives permutations, each index once, and of three things all six,
+    equally often: chi-square over 6,000, fixed seed. (torch.randperm is not ours to test.)"""
+    key, shuffles = importlib.import_module("jax").random.key(0), importlib.import_module(script).shuffles
+    for size in (1, 2, 48, 64, 65):
+        order = np.asarray(shuffles(key, 5, size))
+        assert np.array_equal(np.sort(order), np.tile(np.arange(size), (5, 1)))
+    assert len(np.unique(order, axis=0)) == 5
+    _, counts = np.unique(np.asarray(shuffles(key, 6000, 3)), axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert stats.chisquare(counts).pvalue > 0.001

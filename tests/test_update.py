@@ -1,0 +1,827 @@
+"""Agent, rollout and update of the PyTorch scripts: what enters the losses, what leaves them, the estimator itself."""
+
+import copy
+import dataclasses
+import math
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo
+import reinforce
+import vpg_advantage
+from tests.toy_envs import BOUNDS, RESET, Tabular
+
+ALL = pytest.mark.parametrize("script", [reinforce, vpg_advantage, ppo], ids=lambda script: script.__name__)
+ACTOR_CRITIC = pytest.mark.parametrize("script", [vpg_advantage, ppo], ids=lambda script: script.__name__)
+BOTH_SPACES = pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])  # Discrete and Box actions
+TOY = "tests.toy_envs:"
+
+
+class Run:
+    """What `train` sets up before the first rollout."""
+
+    def __init__(self, script, env_id="CartPole-v1", **flags):
+        small = {"num_envs": 3} if script is reinforce else {"num_envs": 3, "num_steps": 16}
+        self.script = script
+        self.args = script.Args(env_id=env_id, **{"anneal_lr": False, **small, **flags})
+        torch.manual_seed(self.args.seed)
+        self.envs = script.make_envs(self.args)
+        agent = script.Agent(self.envs, self.args)
+        optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
+        extra = {}
+        if script is not reinforce:
+            seeds = script.env_seeds(self.args.seed, 0, self.args.num_envs)
+            extra = {"obs": self.envs.reset(seed=seeds)[0], "running_return": torch.zeros(self.args.num_envs)}
+        self.state = script.State(agent, optimizer, torch.device("cpu"), deque(maxlen=100), **extra)
+        self.agent = agent
+
+    def rollout(self):
+        self.state, batch = self.script.rollout(self.state, self.envs, self.args)
+        self.state.step = int(batch.step[-1])
+        return batch
+
+    def update(self, batch):
+        self.state, metrics = self.script.update(self.state, batch, self.args)
+        return metrics
+
+    def gradients(self, batch):
+        """All gradients as one vector, for each optimizer step of an update, and what the update logs."""
+        seen = []
+
+        def record(optimizer, *_):
+            grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+            seen.append(torch.cat([g.flatten() for g in grads]).clone())
+
+        handle = self.state.optimizer.register_step_pre_hook(record)
+        metrics = self.update(batch)
+        handle.remove()
+        return seen, metrics
+
+
+def one_step(script):
+    """Flags for an update of one gradient step."""
+    return {} if script is reinforce else {"num_minibatches": 1, "update_epochs": 1}
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Lists the calls of a function of a script, which still does its work: [(arguments, result), ...]."""
+
+    def install(script, name):
+        function, calls = getattr(script, name), []
+
+        def wrapper(*args):
+            calls.append((args, function(*args)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(script, name, wrapper)
+        return calls
+
+    return install
+
+
+def close(actual, expected, tol=1e-5):
+    """Equal up to float32 rounding in networks of a few hundred terms, and of the same shape."""
+    actual, expected = (np.asarray(x.detach() if torch.is_tensor(x) else x) for x in (actual, expected))
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=tol, atol=tol)
+
+
+def scalars(run_dir, tag):
+    """[(step, value), ...] of a TensorBoard tag."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# ====================================================== Rollout =======================================================
+
+
+@ACTOR_CRITIC
+def test_no_row_joins_two_episodes(script):
+    """The sentinel of a reset is never a successor, and rows go on where the last one, also of the batch before,
+    stopped: next-step autoreset, or the reset observation taken for the final one."""
+    run = Run(script, TOY + "Ledger-v0", num_envs=4, num_steps=25)
+    first, second = run.rollout(), run.rollout()
+    obs, next_obs, reward, terminated, truncated, done = (
+        np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("obs", "next_obs", "reward", "terminated", "truncated", "done")
+    )
+    episode, now = obs[..., 1], obs[..., 2]
+    assert not (next_obs[..., 0] == RESET).any()
+    assert np.array_equal(obs[..., 0] == RESET, now == 0)
+    assert np.array_equal(next_obs[..., 1], episode)
+    assert np.array_equal(next_obs[..., 2], now + 1)
+    assert np.array_equal(reward, 100 * episode + now + 1)
+    assert np.array_equal((next_obs[:-1] == obs[1:]).all(-1), done[:-1] == 0)
+    assert np.array_equal(obs[1:, :, 1] - episode[:-1], done[:-1])  # the next episode follows each end, none is lost
+
+    natural = now + 1 == 1 + 3 * episode % 7  # where the environment, not its limit of 5 steps, ends
+    assert np.array_equal(terminated, natural & (episode % 3 != 1))
+    assert np.array_equal(truncated, (natural & (episode % 3 != 0)) | (now + 1 == 5))
+    kinds = {tuple(kind) for kind in np.stack([terminated, truncated, done], -1).reshape(-1, 3)}
+    assert kinds == {(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)}
+
+
+@ACTOR_CRITIC
+def test_episode_statistics_of_a_batch(script):
+    """Return and length stand in the row that ended the episode, for episodes that a batch cuts as well."""
+    run = Run(script, TOY + "Ledger-v0", num_envs=4, num_steps=25)
+    run.rollout()
+    batch = run.rollout()
+    episode, length = batch.obs[..., 1], batch.next_obs[..., 2]
+    assert np.array_equal(batch.episode_length, length * batch.done)
+    assert np.array_equal(batch.episode_return, (100 * episode * length + length * (length + 1) / 2) * batch.done)
+    assert np.array_equal(batch.step, 100 + 4 * np.arange(1, 26))
+
+
+def test_reinforce_plays_one_whole_episode_per_environment():
+    """Each column is one episode, first step to last, then masked; only its steps count. Taking the first N episodes
+    to finish would favour short ones."""
+    run = Run(reinforce, TOY + "Ledger-v0", num_envs=7)
+    for _ in range(3):
+        before = run.state.step
+        batch = run.rollout()
+        length = batch.mask.sum(0).astype(int)
+        episode = batch.obs[0, :, 1]
+        assert np.array_equal(length, np.minimum(1 + 3 * episode % 7, 5))
+        for n, steps in enumerate(length):
+            ones = np.arange(len(batch.mask)) < steps
+            assert np.array_equal(batch.mask[:, n], ones)
+            assert np.array_equal(batch.done[:, n], ones & (np.arange(len(ones)) == steps - 1))
+            assert np.array_equal(batch.obs[:steps, n, 1], np.full(steps, episode[n]))
+            assert np.array_equal(batch.obs[:steps, n, 2], np.arange(steps))
+            assert np.array_equal(batch.obs[:steps, n, 0] == RESET, np.arange(steps) == 0)
+            assert np.array_equal(batch.reward[:steps, n], 100 * episode[n] + np.arange(1, steps + 1))
+            assert batch.episode_length[steps - 1, n] == steps
+            assert batch.episode_return[steps - 1, n] == batch.reward[:steps, n].sum()
+        assert len(batch.mask) == length.max()
+        assert batch.step[-1] - before == length.sum()
+
+
+@ALL
+@pytest.mark.parametrize("env_id", ["EchoBox-v0", "EchoDiscrete-v0"])
+def test_stored_actions_are_the_sampled_ones(script, env_id):
+    """The environment gets the action scaled to its bounds and clipped, or shifted to its start; the batch keeps the
+    sample. Clipped samples have another probability than the one that they are given."""
+    run = Run(script, TOY + env_id, num_envs=20)
+    batch = run.rollout()
+    action, last = batch.action, len(batch.obs) - 1
+    # reinforce has no next_obs; a row that ends no episode has its successor below it
+    received = batch.obs[1:] if script is reinforce else batch.next_obs[:-1]
+    within = batch.done[:last] == 0 if script is reinforce else np.ones((last, 20), bool)
+    if env_id == "EchoDiscrete-v0":
+        assert set(action.flat) == {0, 1, 2}
+        expected = 5 + action[..., None]
+    else:
+        assert (np.abs(action) > 1).any(axis=(0, 1)).all()  # a third of a unit normal is out of bounds
+        a, b, c, d = np.moveaxis(action, -1, 0)
+        expected = np.stack([0.5 + 2.5 * a, 0.5 + 0.5 * b, c, d], -1).clip(*BOUNDS)
+    close(received[within], expected[:last][within], 1e-6)
+
+
+@ALL
+def test_vectorised_returns_are_those_of_single_environments(script, monkeypatch):
+    """The same deterministic policy from the same seeds, four environments at once or one after the other by a plain
+    loop over gymnasium.make: the same returns and lengths, in the same order."""
+    run = Run(script, num_envs=4, **({} if script is reinforce else {"num_steps": 100}))
+    act = run.agent.act
+    monkeypatch.setattr(run.agent, "act", lambda obs: act(obs, greedy=True))
+    seeds = script.env_seeds(run.args.seed, 0, 4)
+    batch = run.rollout()
+    for n, seed in enumerate(seeds):
+        ends = np.flatnonzero(batch.done[:, n])
+        env = script.gym.make("CartPole-v1")
+        for i, end in enumerate(ends):
+            obs, _ = env.reset(seed=seed if i == 0 else None)
+            total, length, over = 0, 0, False
+            while not over:
+                obs, reward, terminated, truncated, _ = env.step(act(torch.tensor(obs)[None], greedy=True).item())
+                total, length, over = total + reward, length + 1, terminated or truncated
+            assert (batch.episode_return[end, n], batch.episode_length[end, n]) == (total, length)
+        assert len(ends) == 1 if script is reinforce else len(ends) > 3
+
+
+# ======================================================= Policy =======================================================
+
+
+@ALL
+@pytest.mark.parametrize("env_id", ["EchoDiscrete-v0", "EchoBox-v0"])
+@pytest.mark.parametrize("special", [False, True])
+def test_policy_is_the_distribution_it_says(script, env_id, special):
+    """Log-probability and entropy against scipy: a softmax, or the sum over dimensions that a diagonal multivariate
+    normal is. With temperature, or with observations standardised and kept within [-10, 10]."""
+    discrete, temperature = env_id == "EchoDiscrete-v0", 1.0
+    if script is not reinforce:
+        flags = {"norm_obs": special}
+    else:
+        temperature = 2.0 if special and discrete else 1.0
+        flags = {"temperature": temperature}
+    run = Run(script, TOY + env_id, **flags)
+    agent, n = run.agent, run.envs.single_observation_space.shape[0]
+    for p in agent.actor.parameters():  # at first all actions are nearly the same
+        torch.nn.init.normal_(p)
+    obs = torch.randn(5, 2, n)
+    seen = obs
+    if script is not reinforce:
+        agent.obs_stats.mean[:], agent.obs_stats.var[:] = 0.5, 0.04
+        agent.obs_stats.count += 100
+        seen = ((obs - 0.5) / 0.2).clamp(-10, 10) if special else obs
+        assert not special or (seen.abs() == 10).any()
+    out = agent.actor(seen).detach().double().numpy()
+    if discrete:
+        action = torch.randint(3, (5, 2))
+        p = np.exp(out / temperature)
+        p /= p.sum(-1, keepdims=True)
+        logp, entropy = np.log(np.take_along_axis(p, action.numpy()[..., None], -1))[..., 0], stats.entropy(p, axis=-1)
+    else:
+        agent.log_std.data = torch.tensor([-1.0, -0.3, 0.2, 0.7])
+        action = torch.randn(5, 2, 4)
+        cov = np.diag(np.exp(2 * agent.log_std.detach().double().numpy()))
+        normals = [stats.multivariate_normal(mean, cov) for mean in out.reshape(-1, 4)]
+        rows = zip(normals, action.reshape(-1, 4), strict=True)
+        logp = np.reshape([normal.logpdf(a) for normal, a in rows], (5, 2))
+        entropy = np.reshape([normal.entropy() for normal in normals], (5, 2))
+    actual = agent.log_prob(obs, action)
+    close(actual[0], logp)
+    close(actual[1], entropy)
+    close(agent.act(obs, greedy=True), out.argmax(-1) if discrete else out)
+
+
+def flat_agent(script, env_id, out, **flags):
+    """An agent whose policy does not look at its observation: logits, or means, are `out`."""
+    run = Run(script, env_id, hidden_sizes=(), **flags)
+    torch.nn.init.zeros_(run.agent.actor[0].weight)
+    run.agent.actor[0].bias.data = torch.tensor(out)
+    return run.agent, torch.randn(50_000, run.envs.single_observation_space.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("script", "temperature"),
+    [(reinforce, 1.0), (reinforce, 0.5), (reinforce, 3.0), (vpg_advantage, None), (ppo, None)],
+)
+def test_sampled_frequencies(script, temperature):
+    """Actions are drawn from the softmax of logits / temperature: chi-square over 50,000 draws, fixed seed."""
+    logits, flags = [0.0, 1.0, -0.5], {"temperature": temperature} if temperature else {}
+    agent, obs = flat_agent(script, TOY + "EchoDiscrete-v0", logits, **flags)
+    p = np.exp(np.array(logits) / (temperature or 1.0))
+    counts = np.bincount(agent.act(obs), minlength=3)
+    assert stats.chisquare(counts, 50_000 * p / p.sum()).pvalue > 0.001
+    assert (agent.act(obs, greedy=True) == 1).all()
+
+
+@ALL
+def test_sampled_moments(script):
+    """Gaussian actions have the policy's mean and deviation, independent dimensions: 5 standard errors, fixed seed."""
+    mean, std = [0.5, -1.0, 0.0, 2.0], np.array([0.3, 0.5, 1.0, 2.0])
+    agent, obs = flat_agent(script, TOY + "EchoBox-v0", mean)
+    agent.log_std.data = torch.tensor(np.log(std), dtype=torch.float32)
+    z = (agent.act(obs).detach().numpy() - mean) / std
+    n = len(z)
+    assert (np.abs(z.mean(0)) < 5 / np.sqrt(n)).all()
+    assert (np.abs((z**2).mean(0) - 1) < 5 * np.sqrt(2 / n)).all()
+    assert (np.abs(np.corrcoef(z.T) - np.eye(4)) < 5 / np.sqrt(n)).all()
+    assert stats.kstest(z[:, 0], "norm").pvalue > 0.001
+    close(agent.act(obs[:2], greedy=True), [mean, mean])
+
+
+@ALL
+@pytest.mark.parametrize("hidden", [(64, 64), (8,), (5, 7, 3)])
+def test_initialisation(script, hidden):
+    """W W^T (or W^T W, where that is the smaller) is gain^2 I, with gains sqrt 2, ..., 0.01 for the policy and 1 for
+    the value; biases and log deviations are 0."""
+    agent = Run(script, "Pendulum-v1", hidden_sizes=hidden).agent
+    networks = {"actor": 0.01} if script is reinforce else {"actor": 0.01, "critic": 1.0}
+    for name, last_gain in networks.items():
+        layers = [layer for layer in getattr(agent, name) if isinstance(layer, torch.nn.Linear)]
+        assert [layer.out_features for layer in layers] == [*hidden, 1]
+        for layer, gain in zip(layers, [math.sqrt(2)] * len(hidden) + [last_gain], strict=True):
+            w = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+            close(w @ w.T, gain**2 * np.eye(len(w)), 1e-5 * gain**2)
+            assert not layer.bias.any()
+    assert not agent.log_std.any()
+
+
+# ===================================================== Statistics =====================================================
+
+
+@ACTOR_CRITIC
+def test_running_mean_and_variance(script):
+    """Batches merged one by one equal NumPy over all of them, also when their means differ: a merge that forgets the
+    distance between means, or n - 1."""
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(10 * i, 1 + i, (4 + i, 3, 2)).astype(np.float32) for i in range(5)]
+    running = script.RunningMeanStd(2)
+    for i, batch in enumerate(batches):
+        running.update(torch.tensor(batch))
+        seen = np.concatenate([b.reshape(-1, 2) for b in batches[: i + 1]]).astype(np.float64)
+        close(running.mean, seen.mean(0))
+        close(running.var, seen.var(0))
+        assert running.count == len(seen)
+
+
+@ACTOR_CRITIC
+def test_observation_statistics_of_a_run(script):
+    """They cover every observation that the policy acted on, once, after each update and not before or during it."""
+    run = Run(script, norm_obs=True)
+    seen = []
+    for _ in range(4):
+        before = {name: x.clone() for name, x in run.agent.obs_stats.named_buffers()}
+        batch = run.rollout()
+        assert all(torch.equal(x, before[name]) for name, x in run.agent.obs_stats.named_buffers())
+        run.update(batch)
+        seen.append(batch.obs.reshape(-1, 4).astype(np.float64))
+        close(run.agent.obs_stats.mean, np.concatenate(seen).mean(0))
+        close(run.agent.obs_stats.var, np.concatenate(seen).var(0))
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_values_of_final_observations(script, norm_obs, spy):
+    """V(obs) and V(next_obs), final observations too, come from the same network on observations standardised by the
+    statistics that the policy played with, to within [-10, 10]; flags and rewards enter as they were."""
+    calls = spy(script, "gae")
+    run = Run(script, TOY + "Ledger-v0", norm_obs=norm_obs)
+    for i in range(3):
+        batch = run.rollout()
+        old = [x.double().numpy() for x in (run.agent.obs_stats.mean, run.agent.obs_stats.var)]
+        critic = [p.detach().double().numpy() for p in run.agent.critic.parameters()]
+        run.update(batch)
+        (reward, value, next_value, terminated, done, gamma, gae_lambda), _ = calls[i]
+        for obs, actual in ((batch.obs, value), (batch.next_obs, next_value)):
+            x = obs.astype(np.float64)
+            if norm_obs:
+                x = np.clip((x - old[0]) / np.sqrt(old[1] + 1e-8), -10, 10)
+            for w, b in (critic[:2], critic[2:4]):
+                x = np.tanh(x @ w.T + b)
+            close(actual, (x @ critic[4].T + critic[5])[..., 0], 1e-4)  # observations up to 1000: tanh is steep
+        close(reward, batch.reward, 0)
+        close(terminated, batch.terminated, 0)
+        close(done, np.maximum(batch.terminated, batch.truncated), 0)
+        assert (gamma, gae_lambda) == (run.args.gamma, run.args.gae_lambda)
+
+
+@ACTOR_CRITIC
+def test_reward_scaling_of_a_run(script, spy):
+    """Rewards are divided, not centred, by the deviation of all discounted returns so far, which go on from batch to
+    batch and restart at the ends of episodes; at most 10."""
+    calls = spy(script, "gae")
+    run = Run(script, TOY + "Ledger-v0", norm_reward=True, num_steps=7, gamma=0.9)
+    seen, following = [], np.zeros(3)
+    for i in range(4):
+        batch = run.rollout()
+        run.update(batch)
+        for reward, done in zip(batch.reward.astype(np.float64), batch.done, strict=True):
+            seen.append(reward + 0.9 * following)
+            following = np.where(done, 0, seen[-1])
+        close(calls[i][0][0], np.minimum(batch.reward / np.std(seen), 10), 1e-4)
+
+
+@ACTOR_CRITIC
+def test_scaled_rewards_are_clipped(script, spy):
+    """A reward far beyond everything seen counts 10, on either side."""
+    calls = spy(script, "gae")
+    run = Run(script, norm_reward=True, gamma=0.0, num_steps=500)
+    batch = run.rollout()
+    reward = np.zeros_like(batch.reward)
+    reward[3, 0], reward[5, 1] = 1e3, -1e3  # deviation 1e3 sqrt(2 / 1500) = 36.5
+    run.update(batch._replace(reward=reward))
+    assert calls[0][0][0].unique().tolist() == [-10, 0, 10]
+
+
+@ALL
+def test_saved_policy_acts_alike(script):
+    """Trained, with --norm-obs where there is one, saved and loaded into a fresh agent: the same actions, values and
+    statistics, and the same evaluation by the most likely actions, which changes nothing."""
+    flags = {"env_id": "Pendulum-v1", "num_envs": 2, "eval_episodes": 2}
+    flags |= {} if script is reinforce else {"num_steps": 32, "norm_obs": True}
+    trained = script.train(script.Args(total_timesteps=256, **flags))
+    run = Run(script, resume=str(trained.run_dir), **flags)
+    script.load(run.state, run.args)
+    before = {name: x.clone() for name, x in run.agent.state_dict().items()}
+    assert before.keys() == trained.agent.state_dict().keys()
+    assert all(torch.equal(x, before[name]) for name, x in trained.agent.state_dict().items())
+    obs = torch.randn(100, 3)
+    assert torch.equal(trained.agent.act(obs, greedy=True), run.agent.act(obs, greedy=True))
+    if script is not reinforce:
+        assert torch.equal(trained.agent.value(obs), run.agent.value(obs))
+        assert run.agent.obs_stats.count == 256
+
+    returns = script.evaluate(run.state, run.args, trained.run_dir)
+    assert np.array_equal(returns, trained.eval_returns)
+    sampled = script.evaluate(run.state, dataclasses.replace(run.args, eval_sample=True), trained.run_dir)
+    assert (sampled != returns).all()
+    assert all(torch.equal(x, before[name]) for name, x in run.agent.state_dict().items())
+
+
+# ======================================================= Update =======================================================
+
+
+@ALL
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.02])
+def test_clipping_by_global_norm(script, max_grad_norm):
+    """The gradient keeps its direction and gets exactly the maximum as its norm; a clip per element turns it. The
+    norm before clipping is what is logged."""
+    grads, logged = [], []
+    for limit in (1e9, max_grad_norm):
+        run = Run(script, max_grad_norm=limit, **one_step(script))  # one seed: the same weights and batch
+        (grad,), metrics = run.gradients(run.rollout())
+        grads.append(grad)
+        logged.append(metrics["grad_norm"])
+    norm = grads[0].norm()
+    assert norm > max_grad_norm
+    close(grads[1].norm(), max_grad_norm, 1e-4 * max_grad_norm)  # torch adds 1e-6 to the norm
+    close(grads[1] / max_grad_norm, grads[0] / norm, 1e-4)
+    close(logged, [norm, norm])
+
+
+@ALL
+def test_gradients_do_not_add_up(script):
+    """Where nothing moves, at learning rate 0, each step on the whole batch has the same gradient, over all epochs of
+    two updates."""
+    flags = {} if script is reinforce else {"num_minibatches": 1, "update_epochs": 3}
+    run = Run(script, learning_rate=0.0, max_grad_norm=1e9, **flags)
+    batch = run.rollout()
+    first, *others = [grad for _ in range(2) for grad in run.gradients(batch)[0]]
+    for grad in others:
+        close(grad / first.norm(), first / first.norm())
+
+
+@BOTH_SPACES
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_first_ratio_is_one(env_id, norm_obs, spy):
+    """The first minibatch of an update meets the policy that played the batch, out-of-bounds actions included: ratio 1
+    and no KL. Clipped actions or statistics that moved in between would have other probabilities."""
+    losses, kls = spy(ppo, "policy_loss"), spy(ppo, "approx_kl")
+    run = Run(ppo, env_id, norm_obs=norm_obs, num_minibatches=1, update_epochs=3)
+    for i in range(3):
+        batch = run.rollout()
+        with torch.no_grad():
+            played, _ = run.agent.log_prob(torch.tensor(batch.obs), torch.tensor(batch.action))
+        run.update(batch)
+        (logp, logp_old, _, clip_coef), _ = losses[3 * i]
+        close(logp_old.sort().values, played.flatten().sort().values)
+        close(logp, logp_old)
+        assert clip_coef == run.args.clip_coef
+        assert 0 <= kls[3 * i][1] < 1e-9  # half the square of what rounding leaves
+        assert kls[3 * i + 2][1] > 1e-6  # and the third has moved
+    assert env_id == "CartPole-v1" or (np.abs(batch.action) > 1).any()
+
+
+@ACTOR_CRITIC
+def test_minibatches(script, spy):
+    """Each step of the batch once per epoch, in a new random order, and what belongs to a step stays with it."""
+    calls = spy(script, "loss_fn")
+    run = Run(script, TOY + "EchoDiscrete-v0", gamma=0.0, update_epochs=3, num_minibatches=4)
+    before = copy.deepcopy(run.agent)
+    ids = np.arange(48, dtype=np.float32).reshape(16, 3)
+    batch = run.rollout()
+    run.update(batch._replace(obs=ids[..., None], action=(ids % 3).astype(np.int64), reward=ids))
+
+    minibatches = [mb for (_, mb, _), _ in calls]
+    assert [len(mb.obs) for mb in minibatches] == [12] * 12
+    orders = torch.stack([mb.obs[:, 0] for mb in minibatches]).reshape(3, 48)
+    assert torch.equal(orders.sort().values, torch.arange(48.0).expand(3, 48))
+    assert len({tuple(order.tolist()) for order in (*orders, torch.arange(48.0))}) == 4
+    for mb in minibatches:
+        step = mb.obs[:, 0]
+        value, (logp, _) = before.value(mb.obs), before.log_prob(mb.obs, mb.action)
+        assert torch.equal(mb.action, step.long() % 3)
+        close(mb.ret, step)  # gamma 0: the reward itself
+        close(mb.adv, step - value)
+        if script is ppo:
+            close(mb.value_old, value)
+            close(mb.logp_old, logp)
+
+
+@ACTOR_CRITIC
+def test_minibatch_of_one(script):
+    """Standardising one advantage, as the smallest minibatch does, leaves the weights finite."""
+    run = Run(script, num_minibatches=48, update_epochs=1)
+    run.update(run.rollout())
+    assert all(torch.isfinite(p).all() for p in run.agent.parameters())
+
+
+@ACTOR_CRITIC
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [({"num_minibatches": 5}, "--num-minibatches 5"), ({"total_timesteps": 47}, "--total-timesteps 47")],
+)
+def test_batches_that_do_not_fit(script, flags, flag):
+    """48 steps neither divide by 5 nor fit into 47: an error before anything is written, not an empty run."""
+    with pytest.raises(ValueError, match=flag):
+        script.train(script.Args(num_envs=3, num_steps=16, **flags))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("kls", "steps"),
+    [
+        ([0.9, 0, 0, 0], 4),  # the last minibatch alone would go on
+        ([0, 0, 0, 0.3], 12),  # the last, or the largest, would stop
+        ([0, 0, 0, 0, 0.15, 0.15, 0.15, 0.15], 8),  # the mean of the update so far would go on
+        ([0.09] * 12, 12),
+    ],
+)
+def test_target_kl_looks_at_the_mean_of_an_epoch(kls, steps, monkeypatch):
+    """Four minibatches, three epochs, target 0.1: after an epoch whose mean is above it the update ends."""
+    given = iter([*kls, *[0.0] * 12])
+    monkeypatch.setattr(ppo, "approx_kl", lambda *_: torch.tensor(next(given)))
+    run = Run(ppo, target_kl=0.1, num_minibatches=4, update_epochs=3)
+    grads, _ = run.gradients(run.rollout())
+    assert len(grads) == steps
+
+
+@pytest.mark.parametrize(("target_kl", "steps"), [(1e-12, 4), (1e9, 12), (None, 12)])
+def test_target_kl_with_its_own_estimate(target_kl, steps):
+    """A tiny target lets one epoch through in every iteration, a huge one all."""
+    run = Run(ppo, target_kl=target_kl, num_minibatches=4, update_epochs=3)
+    for _ in range(2):
+        grads, _ = run.gradients(run.rollout())
+        assert len(grads) == steps
+
+
+@BOTH_SPACES
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_first_ppo_gradient_is_the_vpg_gradient(env_id, norm_adv):
+    """One epoch of one minibatch, where the ratio is 1: clipping takes nothing away."""
+    flags = {"gamma": 0.97, "gae_lambda": 0.9, "vf_coef": 0.4, "ent_coef": 0.01, "norm_adv": norm_adv}
+    grads = []
+    for script in (vpg_advantage, ppo):
+        run = Run(script, env_id, max_grad_norm=1e9, **one_step(script), **flags)
+        (grad,), _ = run.gradients(run.rollout())
+        grads.append(grad / grad.norm())
+    assert torch.allclose(*grads, rtol=0, atol=1e-7)
+
+
+@ACTOR_CRITIC
+def test_losses_keep_to_their_networks(script, spy):
+    """The policy loss moves the actor alone, the value loss the critic alone; advantages and whatever else the batch
+    holds carry no gradient."""
+    calls = spy(script, "loss_fn")
+    run = Run(script, vf_coef=0.0, **one_step(script))
+    run.update(run.rollout())
+    (_, mb, _), _ = calls[0]
+    assert not any(x.requires_grad for x in mb)
+    moved = {name.split(".")[0] for name, p in run.agent.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"actor"}
+
+    run = Run(script)
+    loss, _ = script.loss_fn(run.agent, mb._replace(adv=torch.zeros_like(mb.adv)), run.args)
+    loss.backward()
+    moved = {name.split(".")[0] for name, p in run.agent.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"critic"}
+
+
+@ACTOR_CRITIC
+@BOTH_SPACES
+@pytest.mark.parametrize("on", [False, True])
+def test_loss_and_metrics_of_a_minibatch(script, env_id, on, spy):
+    """policy + 0.3 value - 0.07 entropy, in NumPy, with advantages standardised per minibatch and values clipped where
+    asked for: signs, weights and flags that do nothing."""
+    calls = spy(script, "loss_fn")
+    flags = {"norm_adv": on, "clip_vloss": on} if script is ppo else {"norm_adv": on}
+    run = Run(script, env_id, vf_coef=0.3, ent_coef=0.07, **one_step(script), **flags)
+    run.update(run.rollout())
+    mb = calls[0][0][1]
+    for p in run.agent.parameters():  # move far, so that ratios and values are past their clips
+        p.data += 0.3 * torch.randn_like(p)
+    loss, metrics = script.loss_fn(run.agent, mb, run.args)
+    with torch.no_grad():
+        logp, entropy = (x.double().numpy() for x in run.agent.log_prob(mb.obs, mb.action))
+        value = run.agent.value(mb.obs).double().numpy()
+    adv, ret = mb.adv.double().numpy(), mb.ret.double().numpy()
+    if on:
+        adv = (adv - adv.mean()) / adv.std()
+    expected = {"entropy": entropy.mean()}
+    if script is vpg_advantage:
+        expected["policy_loss"], expected["value_loss"] = -(logp * adv).mean(), 0.5 * ((value - ret) ** 2).mean()
+    else:
+        log_ratio, old = logp - mb.logp_old.double().numpy(), mb.value_old.double().numpy()
+        ratio = np.exp(log_ratio)
+        expected["policy_loss"] = -np.minimum(ratio * adv, ratio.clip(0.8, 1.2) * adv).mean()
+        near = old + (value - old).clip(-0.2, 0.2) if on else value
+        expected["value_loss"] = 0.5 * np.maximum((value - ret) ** 2, (near - ret) ** 2).mean()
+        expected["approx_kl"] = (ratio - 1 - log_ratio).mean()
+        expected["clipfrac"] = (np.abs(ratio - 1) > 0.2).mean()
+        assert 0 < expected["clipfrac"] < 1
+    total = expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.07 * expected["entropy"]
+    assert metrics.keys() == expected.keys()
+    for name, x in expected.items():
+        close(metrics[name], x, 1e-4)
+    close(loss, total, 1e-4)
+
+
+@ACTOR_CRITIC
+def test_logged_metrics_are_means(script, spy):
+    """Over all minibatches of all epochs; the explained variance is that of the values before the update."""
+    losses, advantages = spy(script, "loss_fn"), spy(script, "gae")
+    run = Run(script, update_epochs=3)
+    metrics = run.update(run.rollout())
+    for name in losses[0][1][1]:
+        close(metrics[name], np.mean([result[1][name].item() for _, result in losses]))
+    (_, value, *_), adv = advantages[0]
+    close(metrics["explained_variance"], 1 - np.var(adv.numpy()) / np.var((adv + value).numpy()), 1e-4)
+
+
+@pytest.mark.parametrize("norm_return", [False, True])
+def test_reinforce_loss_and_metrics(norm_return, spy):
+    """Returns to the episode's end, standardised over the steps that count, and -1/N times the sum of logp G + 0.07
+    entropy over them; the entropy is logged per step."""
+    calls = spy(reinforce, "loss_fn")
+    run = Run(reinforce, TOY + "Ledger-v0", num_envs=7, gamma=0.9, norm_return=norm_return, ent_coef=0.07)
+    for p in run.agent.actor.parameters():  # at first the entropy is the same everywhere
+        torch.nn.init.normal_(p)
+    batch = run.rollout()
+    with torch.no_grad():
+        logp, entropy = (x.numpy() for x in run.agent.log_prob(torch.tensor(batch.obs), torch.tensor(batch.action)))
+    metrics = run.update(batch)
+    counted = batch.mask == 1
+    ret = np.zeros(counted.shape)
+    for t, n in np.argwhere(counted):
+        ret[t, n] = sum(0.9**i * r for i, r in enumerate(batch.reward[t : int(batch.mask[:, n].sum()), n]))
+    if norm_return:
+        ret = (ret - ret[counted].mean()) / ret[counted].std()
+    policy = -(logp * ret)[counted].sum() / 7
+    close(metrics["policy_loss"], policy)
+    close(metrics["entropy"], entropy[counted].mean())
+    close(calls[0][1][0], policy - 0.07 * entropy[counted].sum() / 7)
+
+
+# ====================================================== Training ======================================================
+
+
+def toy_args(script, num_steps=4, **flags):
+    """Three environments, episodes of four steps, 60 steps in all: by default five updates."""
+    flags |= {} if script is reinforce else {"num_steps": num_steps}
+    return script.Args(env_id=TOY + "Fixed-v0", num_envs=3, total_timesteps=60, eval_episodes=0, **flags)
+
+
+@ALL
+@pytest.mark.parametrize("anneal_lr", [True, False])
+def test_learning_rate_and_optimizer(script, anneal_lr, monkeypatch):
+    """Adam with eps 1e-5, the first update at the full learning rate, the last of five at a fifth of it; what is
+    logged is what the optimizer used."""
+    update, used = script.update, []
+
+    def recorded(*args):
+        state, metrics = update(*args)
+        assert isinstance(state.optimizer, torch.optim.Adam)
+        used.append([state.optimizer.param_groups[0][name] for name in ("lr", "eps", "betas", "weight_decay")])
+        return state, metrics
+
+    monkeypatch.setattr(script, "update", recorded)
+    result = script.train(toy_args(script, learning_rate=0.01, anneal_lr=anneal_lr))
+    rates = [0.01, 0.008, 0.006, 0.004, 0.002] if anneal_lr else [0.01] * 5
+    close([lr for lr, *_ in used], rates)
+    assert all(rest == [1e-5, (0.9, 0.999), 0] for _, *rest in used)
+    steps, logged = zip(*scalars(result.run_dir, "charts/learning_rate"), strict=True)
+    assert steps == (12, 24, 36, 48, 60)
+    close(logged, rates)
+
+
+@ALL
+def test_all_episodes_are_logged(script):
+    """Three environments finish on the same step, five times: fifteen returns and lengths in the order of the steps,
+    in the log and in the result."""
+    args = toy_args(script, num_steps=20)
+    result = script.train(args)
+    if script is reinforce:  # which resets before each rollout
+        first = [np.array(script.env_seeds(args.seed, 12 * i, 3)) % 7 + 1 for i in range(5)]
+    else:
+        first = [np.array(script.env_seeds(args.seed, 0, 3)) % 7 + 1 + i for i in range(5)]
+    returns, steps = 400 * np.concatenate(first) + 10.0, np.repeat([12, 24, 36, 48, 60], 3)
+    assert np.array_equal(result.episode_returns, returns)
+    assert np.array_equal(result.episode_steps, steps)
+    assert scalars(result.run_dir, "charts/episodic_return") == list(zip(steps, returns, strict=True))
+    assert scalars(result.run_dir, "charts/episodic_length") == [(step, 4.0) for step in steps]
+
+
+def test_reinforce_counts_only_unmasked_steps():
+    """--total-timesteps ends with the first update that reaches it, and there is at least one."""
+    args = reinforce.Args(env_id=TOY + "Ledger-v0", num_envs=7, total_timesteps=100, eval_episodes=0)
+    result = reinforce.train(args)
+    lengths = np.array([length for _, length in scalars(result.run_dir, "charts/episodic_length")])
+    assert result.episode_steps[-1] == lengths.sum() >= 100 > lengths[:-7].sum()
+    assert len(reinforce.train(dataclasses.replace(args, total_timesteps=1)).episode_returns) == 7
+
+
+# =================================================== The estimator ====================================================
+
+
+LOGITS = np.array([[0.3, -0.4], [-0.2, 0.5]])  # [state, action]
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+def all_episodes():
+    """Every (states, actions, rewards, probability without the policy's part) of the tabular environment."""
+
+    def extend(states, actions, rewards, p):
+        for action in range(2):
+            acted = [*actions, action], [*rewards, Tabular.reward[states[-1], action]]
+            for following, q in enumerate(Tabular.transition[states[-1], action]):
+                if following == 2 or len(states) == Tabular.horizon:
+                    yield states, *acted, p * q
+                else:
+                    yield from extend([*states, following], *acted, p * q)
+
+    return [episode for state in range(2) for episode in extend([state], [], [], Tabular.start[state])]
+
+
+EPISODES = all_episodes()
+
+
+def probabilities(logits):
+    pi = softmax(logits)
+    return np.array([p * pi[states, actions].prod() for states, actions, _, p in EPISODES])
+
+
+def true_gradient():
+    """sum over episodes of p R sum_t grad log pi(a_t|s_t): the whole return for each step, no reward to go."""
+    gradient = np.zeros((2, 2))
+    for (states, actions, rewards, _), p in zip(EPISODES, probabilities(LOGITS), strict=True):
+        for state, action in zip(states, actions, strict=True):
+            gradient[state] += p * sum(rewards) * (np.eye(2)[action] - softmax(LOGITS)[state])
+    return gradient
+
+
+def test_true_gradient_is_the_slope_of_the_return():
+    """The oracle itself: probabilities sum to 1, and a central difference of J agrees."""
+    total = np.array([sum(rewards) for _, _, rewards, _ in EPISODES])
+    assert probabilities(LOGITS).sum() == pytest.approx(1, abs=1e-12)
+    slope = np.zeros((2, 2))
+    for i in np.ndindex(2, 2):
+        h = np.zeros((2, 2))
+        h[i] = 1e-5
+        slope[i] = (probabilities(LOGITS + h) - probabilities(LOGITS - h)) @ total / 2e-5
+    close(slope, true_gradient(), 1e-9)
+
+
+def padded(rows):
+    """[3, episodes]."""
+    return torch.tensor([[*row, 0, 0][:3] for row in rows], dtype=torch.float64).T
+
+
+STATE, ACTION, REWARD = (padded([episode[i] for episode in EPISODES]) for i in range(3))
+MASK = padded([[1] * len(states) for states, *_ in EPISODES])
+DONE = MASK - torch.cat([MASK[1:], torch.zeros(1, len(EPISODES))])
+BASELINE = torch.tensor([[1.5, -0.7], [0.4, 2.0], [-1.0, 0.3]])  # [t, state], nothing like the value
+
+
+def estimate(baseline, columns, weight=1):
+    """Gradient from some of the episodes, side by side as one batch, through the scripts' functions."""
+    theta = torch.tensor(LOGITS, requires_grad=True)
+    state, action, reward, mask, done = (x[:, columns] for x in (STATE.long(), ACTION.long(), REWARD, MASK, DONE))
+    logp = theta.log_softmax(-1)[state, action]
+    ret = reinforce.discounted_returns(reward, done, 1.0)
+    if baseline:
+        real = mask == 1
+        adv = (ret - BASELINE.gather(1, state)) * weight
+        # the mean over steps, turned into the sum over each episode
+        loss = vpg_advantage.policy_loss(logp[real], adv[real]) * real.sum() / len(columns)
+    else:
+        loss = reinforce.policy_loss(logp, ret * weight, mask)
+    return -torch.autograd.grad(loss, theta)[0].numpy()
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_expected_gradient_is_the_true_one(baseline):
+    """Every episode once, weighted by its probability, is the exact mean of the estimate; a baseline that depends on
+    the state does not move it."""
+    weight = torch.tensor(probabilities(LOGITS)) * len(EPISODES)
+    close(estimate(baseline, np.arange(len(EPISODES)), weight), true_gradient(), 1e-12)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_mean_of_sampled_gradients(baseline):
+    """500 batches of 40 sampled episodes: their mean lies within 4 standard errors of the true gradient."""
+    columns = np.random.default_rng(0).choice(len(EPISODES), (500, 40), p=probabilities(LOGITS))
+    sampled = np.array([estimate(baseline, row) for row in columns])
+    standard_error = sampled.std(0) / np.sqrt(len(sampled))
+    assert standard_error.max() < 0.02  # small beside the gradient, so that the next line says something
+    assert (np.abs(sampled.mean(0) - true_gradient()) < 4 * standard_error).all()
+
+
+def test_mean_gradient_of_reinforce():
+    """The same from end to end: rollouts of the environment through the script's agent, mask and update."""
+    run = Run(
+        reinforce, TOY + "Tabular-v0", hidden_sizes=(), num_envs=40, norm_return=False, gamma=1.0,
+        max_grad_norm=1e9, learning_rate=0.0, total_timesteps=10**6,
+    )  # fmt: skip
+    run.agent.actor[0].weight.data = torch.tensor(LOGITS.T, dtype=torch.float32)  # observations are one-hot
+    sampled = []
+    for _ in range(200):
+        (grad,), _ = run.gradients(run.rollout())
+        sampled.append(-grad[:4].reshape(2, 2).T.numpy())
+    standard_error = np.std(sampled, 0) / np.sqrt(len(sampled))
+    assert standard_error.max() < 0.03
+    assert (np.abs(np.mean(sampled, 0) - true_gradient()) < 4 * standard_error).all()
