@@ -75,7 +75,7 @@ class Args:
     exp_name: str = "reinforce"  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
-    total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos

@@ -88,7 +88,7 @@ class Args:
     env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
-    total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos

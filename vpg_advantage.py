@@ -77,7 +77,7 @@ class Args:
     exp_name: str = "vpg_advantage"  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
-    total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -93,12 +93,12 @@ class Args:
     num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
-    gae_lambda: float = bounded(0.97, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
+    gae_lambda: float = bounded(0.99, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(1, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(1, "[1, inf)")  # passes over each batch
     norm_adv: bool = False  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     ent_coef: float = bounded(0.0, "[0, inf)")  # weight of the entropy bonus
     vf_coef: float = bounded(0.5, "[0, inf)")  # weight of the value loss
     max_grad_norm: float = bounded(0.5, "(0, inf)")  # longer gradients are scaled down to this norm
