@@ -23,7 +23,7 @@ with a squared error for the value and an entropy bonus beside it [1, eq. 9], an
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                        [1, eq. 11; 2, eq. 16]
 
 A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, either of the two, stops the sum.
+the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum.
 
 [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
@@ -33,7 +33,8 @@ action. Flags are floats, 0 or 1, and belong to the outcome of step t.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python ppo.py --env-id CartPole-v1
-Diff:  diff vpg_advantage.py ppo.py (what clipping adds), diff ppo.py ppo_jax.py (the same in JAX)
+Diff:  diff vpg_advantage.py ppo.py (what clipping adds)
+       diff ppo.py ppo_jax.py (the same in JAX)
 """
 
 import itertools
@@ -89,9 +90,9 @@ class Args:
     target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
     learning_rate: float = bounded(1e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower it linearly to zero
-    num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
-    num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
-    gamma: float = bounded(0.99, "[0, 1]")  # discount factor
+    num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
+    num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
+    gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(10, "[1, inf)")  # passes over each batch
@@ -148,14 +149,16 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
+    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    low = np.where(both, space.low, -1).astype(space.dtype)
+    high = np.where(both, space.high, 1).astype(space.dtype)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
@@ -347,21 +350,19 @@ def gae(
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
-    # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
     decay = gamma * gae_lambda * (1 - done)
     adv, following = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
+        # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         adv[t] = following = delta[t] + decay[t] * following
     return adv
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
-
-    C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
-    """
+    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
     ret = torch.empty_like(reward)
     for t in range(len(reward)):
+        # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
         ret[t] = reward[t] + gamma * carry
         carry = (1 - done[t]) * ret[t]
     return ret, carry
@@ -382,6 +383,7 @@ def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -
 def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
     """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
     larger of that error and of the error that a value at most `clip_coef` from the old one would have."""
+    # (V(s_t) - V_t^targ)^2    (Schulman et al. 2016, eq. 28; 2017, eq. 9)
     error = (value - ret) ** 2
     if clip_coef is not None:
         clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
@@ -408,16 +410,18 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
     scalars = np.zeros((5, args.num_steps, args.num_envs), np.float32)
     reward, terminated, truncated, episode_return, episode_length = scalars
+    current = state.obs
     for t in range(args.num_steps):
-        obs[t] = state.obs
+        obs[t] = current
         action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
-        state.obs, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
-        next_obs[t] = state.obs
-        if "final_obs" in info:  # `state.obs` of these environments is a reset one
+        current, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
+        next_obs[t] = current
+        if "final_obs" in info:  # where an episode ended, `current` is a reset observation already
             ended = info["_final_obs"]
             next_obs[t, ended] = np.stack(info["final_obs"][ended])
             episode_return[t] = info["final_info"]["episode"]["r"]
             episode_length[t] = info["final_info"]["episode"]["l"]
+    state.obs = current
     step = state.step + args.num_envs * np.arange(1, args.num_steps + 1)
     return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
@@ -429,10 +433,11 @@ def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, 
     """Loss of a minibatch (Schulman et al. 2017, eq. 9, negated), and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
     adv = standardize(mb.adv) if args.norm_adv else mb.adv
-    policy = policy_loss(logp, mb.logp_old, adv, args.clip_coef)
-    value = value_loss(agent.value(mb.obs), mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
-    loss = policy + args.vf_coef * value - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": policy, "value_loss": value, "entropy": entropy.mean()}
+    value = agent.value(mb.obs)
+    pg_loss = policy_loss(logp, mb.logp_old, adv, args.clip_coef)
+    v_loss = value_loss(value, mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
     with torch.no_grad():
         metrics["approx_kl"] = approx_kl(logp, mb.logp_old)
         metrics["clipfrac"] = ((logp - mb.logp_old).expm1().abs() > args.clip_coef).float().mean()
@@ -464,21 +469,22 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, device=state.device)
-        for rows in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
-            loss, metrics = loss_fn(agent, Minibatch(*rows), args)
+        for mb in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
+            loss, metrics = loss_fn(agent, Minibatch(*mb), args)
             optimizer.zero_grad()
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
             optimizer.step()
-            history.append(torch.stack([x.detach() for x in metrics.values()]))
+            history.append({name: x.detach() for name, x in metrics.items()})
         if args.target_kl is not None:
-            epoch = torch.stack(history[-args.num_minibatches :]).mean(0)
-            if epoch[list(metrics).index("approx_kl")] > args.target_kl:
+            kl = torch.stack([m["approx_kl"] for m in history[-args.num_minibatches :]]).mean()
+            if kl > args.target_kl:
                 break
     if args.norm_obs:  # not before: the policy that learns must be the one that played
         agent.obs_stats.update(batch.obs)
-    metrics = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
+    metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
     metrics["explained_variance"] = 1 - ((ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)).item()
+    state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
     return state, metrics
 
 
@@ -601,11 +607,11 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
             state, metrics = update(state, batch, args)
-            state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
-            if not all(map(math.isfinite, metrics.values())):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            if bad:
                 path = run_dir / "checkpoint.pt"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
+                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite; {saved}")
 
             for t, n in np.argwhere(batch.done):
                 writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])

@@ -19,7 +19,8 @@ environment [1; 2, sec. 13.3]:
 
 and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
 the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out.
+the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out. A third, by
+default: returns are standardised in each update, which is a baseline and a step size in one (--no-norm-return).
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage.py subtracts a learned baseline to lower it.
@@ -29,10 +30,11 @@ G_t depends on everything that happened after t. vpg_advantage.py subtracts a le
 
 Shapes: time comes first. T = the length of the longest episode, N = num_envs; D and A are the sizes of an observation
 and a Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
-A resumed run has the weights, optimiser and random state of the saved one and ends where that would have ended.
+A resumed run is the uninterrupted one: every iteration starts new episodes, from seeds that the step decides.
 
 Run:   python reinforce.py --env-id CartPole-v1
-Diff:  diff reinforce.py vpg_advantage.py (what the baseline adds), diff reinforce.py reinforce_jax.py (the same in JAX)
+Diff:  diff reinforce.py vpg_advantage.py (what a baseline adds)
+       diff reinforce.py reinforce_jax.py (the same in JAX)
 """
 
 import itertools
@@ -123,17 +125,24 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
+    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    low = np.where(both, space.low, -1).astype(space.dtype)
+    high = np.where(both, space.high, 1).astype(space.dtype)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+
+def time_limit(args: Args) -> int | None:
+    """Steps that an episode can have, for a Gymnasium id whose module is imported."""
+    return args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -144,7 +153,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
-        if env.spec.max_episode_steps is None:
+        if time_limit(args) is None:
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
@@ -297,17 +306,17 @@ def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
 @torch.inference_mode()
 def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
-    state_obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
-    num_steps = args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
-    obs = np.empty((num_steps, *state_obs.shape), np.float32)
+    current, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+    num_steps = time_limit(args)
+    obs = np.empty((num_steps, *current.shape), np.float32)
     action = np.empty((num_steps, *envs.action_space.shape), envs.action_space.dtype)
     scalars = np.zeros((5, num_steps, args.num_envs), np.float32)
     reward, done, mask, episode_return, episode_length = scalars
     alive = np.ones(args.num_envs)
     for t in range(num_steps):
-        obs[t] = state_obs
+        obs[t] = current
         action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
-        state_obs, reward[t], terminated, truncated, info = envs.step(action[t])
+        current, reward[t], terminated, truncated, info = envs.step(action[t])
         done[t], mask[t] = alive * (terminated | truncated), alive
         if "final_obs" in info:
             episode_return[t] = info["final_info"]["episode"]["r"]
@@ -326,9 +335,9 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
 def loss_fn(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a batch, and what to log."""
     logp, entropy = agent.log_prob(batch.obs, batch.action)
-    policy = policy_loss(logp, ret, batch.mask)
-    loss = policy - args.ent_coef * (entropy * batch.mask).sum() / args.num_envs
-    metrics = {"policy_loss": policy, "entropy": (entropy * batch.mask).sum() / batch.mask.sum()}
+    pg_loss = policy_loss(logp, ret, batch.mask)
+    loss = pg_loss - args.ent_coef * (entropy * batch.mask).sum() / args.num_envs
+    metrics = {"policy_loss": pg_loss, "entropy": (entropy * batch.mask).sum() / batch.mask.sum()}
     return loss, metrics
 
 
@@ -350,7 +359,8 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     loss.backward()
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
     optimizer.step()
-    return state, {name: value.item() for name, value in metrics.items()}
+    state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
+    return state, {name: x.item() for name, x in metrics.items()}
 
 
 # ============================================= Checkpoint and evaluation ==============================================
@@ -472,11 +482,11 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
             state, metrics = update(state, batch, args)
-            state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
-            if not all(map(math.isfinite, metrics.values())):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            if bad:
                 path = run_dir / "checkpoint.pt"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
+                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite; {saved}")
 
             for t, n in np.argwhere(batch.done):
                 writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])

@@ -23,7 +23,8 @@ environment [1; 2, sec. 13.3]:
 
 and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
 the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out.
+the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out. A third, by
+default: returns are standardised in each update, which is a baseline and a step size in one (--no-norm-return).
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts a learned baseline to lower it.
@@ -31,13 +32,14 @@ G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts 
 [1] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
-Shapes: time comes first. T = the time limit of an episode, N = num_envs; D and A are the sizes of an observation and a
-Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+Shapes: time comes first. T = the time limit of an episode, for shapes are fixed; N = num_envs; D and A are the sizes
+of an observation and a Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; other
-environments are stepped on the host. A resumed run ends where the uninterrupted one would have ended.
+environments are stepped on the host. A resumed run is the uninterrupted one: every iteration starts new episodes.
 
 Run:   python reinforce_jax.py --env-id CartPole-v1
-Diff:  diff reinforce_jax.py vpg_advantage_jax.py (the baseline), diff reinforce.py reinforce_jax.py (the framework)
+Diff:  diff reinforce_jax.py vpg_advantage_jax.py (what a baseline adds)
+       diff reinforce.py reinforce_jax.py (the same in PyTorch)
 """
 
 import importlib
@@ -53,7 +55,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -88,7 +90,7 @@ class Args:
     env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
-    total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -126,6 +128,8 @@ def check_args(args: Args) -> None:
         for x in value if isinstance(value, tuple) else (value,):
             if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
                 raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+    if args.seed + args.num_seeds > 2**32:
+        raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -138,17 +142,24 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
+    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    low = np.where(both, space.low, -1).astype(space.dtype)
+    high = np.where(both, space.high, 1).astype(space.dtype)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+
+def time_limit(args: Args) -> int | None:
+    """Steps that an episode can have, for a Gymnasium id whose module is imported."""
+    return args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
 
 
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
@@ -159,7 +170,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
-        if env.spec.max_episode_steps is None:
+        if time_limit(args) is None:
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
@@ -212,14 +223,17 @@ class GymnaxEnvs:
 Envs = GymnaxEnvs | gym.vector.VectorEnv
 
 
-def in_graph(args: Args) -> bool:
+def uses_gymnax(args: Args) -> bool:
     """Whether gymnax runs the environment. It takes seconds to import, so it is asked only where that can matter."""
     if args.env_backend != "auto":
         return args.env_backend == "gymnax"
     module, _, name = args.env_id.rpartition(":")
     if module:
-        with suppress(ImportError):  # which make_env will report
+        try:
             importlib.import_module(module)  # may register with gymnax
+        except ImportError:
+            return False  # Gymnasium will say what is wrong
+    # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
     if name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
@@ -230,7 +244,7 @@ def in_graph(args: Args) -> bool:
 
 def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
-    if in_graph(args):
+    if uses_gymnax(args):
         if args.async_envs:
             raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
         if args.capture_video:
@@ -241,9 +255,10 @@ def make_envs(args: Args) -> Envs:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
-    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if args.async_envs:  # spawned: JAX has threads, which no fork survives
+        return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
@@ -309,6 +324,7 @@ class Agent(nn.Module):
 
 
 def make_agent(envs: Envs, args: Args) -> Agent:
+    """The networks for these spaces."""
     space = envs.single_action_space
     discrete = isinstance(space, gym.spaces.Discrete)
     if not discrete and args.temperature != 1:
@@ -337,7 +353,7 @@ class State(NamedTuple):
 
     variables: dict  # "params" of the agent
     opt_state: optax.OptState
-    key: Array
+    key: Array  # source of all random numbers, split at every use
     step: Array  # environment steps
     iteration: Array  # rollouts and updates
 
@@ -413,18 +429,18 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
-    key, rollout_key = jax.random.split(state.key[0])
-    standing, _ = envs.reset(seed=env_seeds(args.seed, int(state.step[0]), args.num_envs))
-    num_steps = args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
-    obs = np.zeros((num_steps, *standing.shape), np.float32)
+    key, rollout_key = jax.random.split(state.key)
+    current, _ = envs.reset(seed=env_seeds(args.seed, int(state.step), args.num_envs))
+    num_steps = time_limit(args)
+    obs = np.zeros((num_steps, *current.shape), np.float32)
     action = np.zeros((num_steps, *envs.action_space.shape), envs.action_space.dtype)
     scalars = np.zeros((5, num_steps, args.num_envs), np.float32)
     reward, done, mask, episode_return, episode_length = scalars
     alive = np.ones(args.num_envs)
     for t, act_key in enumerate(np.asarray(jax.random.split(rollout_key, num_steps))):
-        obs[t] = standing
+        obs[t] = current
         action[t] = act(state.variables, obs[t], act_key)
-        standing, reward[t], terminated, truncated, info = envs.step(action[t])
+        current, reward[t], terminated, truncated, info = envs.step(action[t])
         done[t], mask[t] = alive * (terminated | truncated), alive
         if "final_obs" in info:
             episode_return[t] = info["final_info"]["episode"]["r"]
@@ -432,8 +448,8 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
         alive = alive - done[t]
         if not alive.any():
             break
-    step = (state.step[0] + mask.sum(1).cumsum()).astype(np.int32)
-    return state._replace(key=key[None]), Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
+    step = (state.step + mask.sum(1).cumsum()).astype(np.int32)
+    return state._replace(key=key), Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
 
 
 # ======================================================= Update =======================================================
@@ -442,9 +458,9 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
 def loss_fn(params: dict, batch: Batch, ret: Array, agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a batch, and what to log."""
     logp, entropy = agent.apply({"params": params}, batch.obs, batch.action, method="log_prob")
-    policy = policy_loss(logp, ret, batch.mask)
-    loss = policy - args.ent_coef * (entropy * batch.mask).sum() / args.num_envs
-    metrics = {"policy_loss": policy, "entropy": (entropy * batch.mask).sum() / batch.mask.sum()}
+    pg_loss = policy_loss(logp, ret, batch.mask)
+    loss = pg_loss - args.ent_coef * (entropy * batch.mask).sum() / args.num_envs
+    metrics = {"policy_loss": pg_loss, "entropy": (entropy * batch.mask).sum() / batch.mask.sum()}
     return loss, metrics
 
 
@@ -454,7 +470,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on clipped gradients, for a learning rate of 1."""
+    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, for it changes with the step."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
@@ -478,8 +494,12 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
 def identity(args: Args) -> dict:
     """What a checkpoint must share with the run that loads it."""
-    names = ("env_id", "env_backend", "num_envs", "num_seeds", "hidden_sizes", "activation", "temperature")
-    return {"format": 1, "script": "reinforce_jax.py"} | {name: getattr(args, name) for name in names}
+    names = ("env_id", "num_seeds", "hidden_sizes", "activation", "temperature")
+    backend = "gymnax" if uses_gymnax(args) else "gymnasium"
+    ours = {"format": 1, "script": "reinforce_jax.py", "env_backend": backend} | {
+        name: getattr(args, name) for name in names
+    }
+    return json.loads(json.dumps(ours))  # with lists for tuples, as in the file
 
 
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
@@ -500,7 +520,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         theirs = dict(meta["identity"])
     except Exception as error:
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
-    for name, ours in json.loads(json.dumps(identity(args))).items():
+    for name, ours in identity(args).items():
         if theirs.get(name) != ours:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
@@ -589,6 +609,7 @@ class StopSignal:
 
 
 def init_state(seed: Array, agent: Agent, args: Args) -> State:
+    """The state of one agent before its first step."""
     key, params_key = jax.random.split(jax.random.PRNGKey(seed))
     variables = agent.init(params_key, jnp.zeros((args.num_envs, agent.obs_size)))
     opt_state = make_optimizer(args).init(variables["params"])
@@ -597,12 +618,17 @@ def init_state(seed: Array, agent: Agent, args: Args) -> State:
     return jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
 
 
+def first(tree: Any) -> Any:
+    """The arrays of the first agent, without the axis of agents."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
 def over_seeds(function: Callable, args: Args) -> Callable:
     """`function`, of one agent's arrays, for arrays with an axis of agents in front. One agent alone runs without that
     axis inside, which is faster."""
     if args.num_seeds > 1:
         return jax.vmap(function, axis_name="seeds")
-    return lambda *trees: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
+    return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
 def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -619,16 +645,14 @@ def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], t
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args), donate_argnums=0)
-    act = jax.jit(
-        lambda variables, obs, key: agent.apply(jax.tree.map(lambda x: x[0], variables), obs, key, method="act")
-    )
-    jitted_update = jax.jit(over_seeds(partial(update, agent=agent, args=args), args))
+    act = jax.jit(partial(agent.apply, method="act"))
+    jitted_first = jax.jit(first)
+    jitted_update = jax.jit(lambda *played: jax.tree.map(lambda x: x[None], update(*played, agent, args)))
 
     def train_step_on_host(state):
-        state, batch = rollout_on_host(state, act, envs, args)
-        batch = jax.tree.map(lambda x: x[None], batch)
+        state, batch = rollout_on_host(jitted_first(state), act, envs, args)
         state, metrics = jitted_update(state, batch)
-        return state, batch, metrics
+        return state, jax.tree.map(lambda x: x[None], batch), metrics
 
     return train_step_on_host
 
@@ -653,10 +677,11 @@ def learn(
             state, batch, metrics = train_step(state)
             batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration.max()))
             step = int(batch.step[:, -1].min())
-            if not all(np.isfinite(x).all() for x in metrics.values()):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            if bad:
                 path = run_dir / "checkpoint.msgpack"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {iteration}: not finite: {metrics}; {saved}")
+                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite; {saved}")
 
             for s, t, n in np.argwhere(batch.done):
                 recent_returns[s].append(float(batch.episode_return[s, t, n]))
@@ -695,14 +720,15 @@ def learn(
 
 
 def pick_device(cuda: bool) -> jax.Device:
-    """The first GPU, or the CPU. To be called before any array is made, for that starts the backends."""
+    """The first GPU, or the CPU. JAX starts its backends once, at the first array: the first call in a process decides
+    whether there are GPUs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     if not cuda:
         jax.config.update("jax_platforms", "cpu")
     try:
         return jax.devices("cuda" if cuda else "cpu")[0]
     except RuntimeError:
-        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+        print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         return jax.devices("cpu")[0]
 
 
@@ -732,28 +758,22 @@ def train(args: Args) -> Result:
 
         eval_returns = np.zeros((args.num_seeds, 0))
         if args.eval_episodes:
-            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 1))(seeds)
+            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
             if isinstance(envs, GymnaxEnvs) and not args.capture_video:
                 play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
                 eval_returns = np.asarray(jax.jit(over_seeds(play, args))(state.variables, keys))
             else:
-                variables = jax.tree.map(lambda x: x[0], state.variables)
-                eval_returns = evaluate_on_host(variables, keys[0], agent, args, run_dir)[None]
+                eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
             for seed, returns in zip(seeds, eval_returns, strict=True):
                 who = f"seed {seed}: " if args.num_seeds > 1 else ""
                 print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     print(run_dir)
-    result = Result(
-        agent=state.variables,
-        episode_returns=[np.array([x for x, _ in of_seed]) for of_seed in episodes],
-        episode_steps=[np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes],
-        eval_returns=eval_returns,
-        run_dir=run_dir,
-    )
-    if args.num_seeds > 1:
-        return result
-    variables = jax.tree.map(lambda x: x[0], state.variables)
-    return Result(variables, result.episode_returns[0], result.episode_steps[0], eval_returns[0], run_dir)
+    variables = state.variables
+    returns = [np.array([x for x, _ in of_seed]) for of_seed in episodes]
+    steps = [np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes]
+    if args.num_seeds == 1:
+        variables, returns, steps, eval_returns = first(variables), returns[0], steps[0], eval_returns[0]
+    return Result(variables, returns, steps, eval_returns, run_dir)
 
 
 def main() -> None:

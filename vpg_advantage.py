@@ -22,10 +22,11 @@ with a squared error for the value and an entropy bonus beside it, and A_t the g
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
 A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, either of the two, stops the sum.
+the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum.
 
-The gradient is exact for the first step of an update alone: every later one uses advantages and actions of a policy
-that is no longer the current one. With few epochs that is a small error; ppo.py is about making it small with many.
+This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
+one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo.py
+is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
@@ -34,7 +35,9 @@ action. Flags are floats, 0 or 1, and belong to the outcome of step t.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python vpg_advantage.py --env-id CartPole-v1
-Diff:  diff reinforce.py vpg_advantage.py (what the baseline adds), diff vpg_advantage.py ppo.py (what clipping adds)
+Diff:  diff reinforce.py vpg_advantage.py (what a baseline adds)
+       diff vpg_advantage.py ppo.py (what clipping adds)
+       diff vpg_advantage.py vpg_advantage_jax.py (the same in JAX)
 """
 
 import itertools
@@ -146,14 +149,16 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
+    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    low = np.where(both, space.low, -1).astype(space.dtype)
+    high = np.where(both, space.high, 1).astype(space.dtype)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
@@ -343,21 +348,19 @@ def gae(
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
-    # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
     decay = gamma * gae_lambda * (1 - done)
     adv, following = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
+        # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         adv[t] = following = delta[t] + decay[t] * following
     return adv
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
-
-    C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
-    """
+    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
     ret = torch.empty_like(reward)
     for t in range(len(reward)):
+        # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
         ret[t] = reward[t] + gamma * carry
         carry = (1 - done[t]) * ret[t]
     return ret, carry
@@ -376,6 +379,7 @@ def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
 
 def value_loss(value: Tensor, ret: Tensor) -> Tensor:
     """Half the mean squared error: [...] -> scalar."""
+    # (V(s_t) - V_t^targ)^2    (Schulman et al. 2016, eq. 28; 2017, eq. 9)
     return 0.5 * ((value - ret) ** 2).mean()
 
 
@@ -391,16 +395,18 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
     scalars = np.zeros((5, args.num_steps, args.num_envs), np.float32)
     reward, terminated, truncated, episode_return, episode_length = scalars
+    current = state.obs
     for t in range(args.num_steps):
-        obs[t] = state.obs
+        obs[t] = current
         action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
-        state.obs, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
-        next_obs[t] = state.obs
-        if "final_obs" in info:  # `state.obs` of these environments is a reset one
+        current, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
+        next_obs[t] = current
+        if "final_obs" in info:  # where an episode ended, `current` is a reset observation already
             ended = info["_final_obs"]
             next_obs[t, ended] = np.stack(info["final_obs"][ended])
             episode_return[t] = info["final_info"]["episode"]["r"]
             episode_length[t] = info["final_info"]["episode"]["l"]
+    state.obs = current
     step = state.step + args.num_envs * np.arange(1, args.num_steps + 1)
     return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
@@ -412,10 +418,11 @@ def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, 
     """Loss of a minibatch, and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
     adv = standardize(mb.adv) if args.norm_adv else mb.adv
-    policy = policy_loss(logp, adv)
-    value = value_loss(agent.value(mb.obs), mb.ret)
-    loss = policy + args.vf_coef * value - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": policy, "value_loss": value, "entropy": entropy.mean()}
+    value = agent.value(mb.obs)
+    pg_loss = policy_loss(logp, adv)
+    v_loss = value_loss(value, mb.ret)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
     return loss, metrics
 
 
@@ -443,17 +450,18 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, device=state.device)
-        for rows in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
-            loss, metrics = loss_fn(agent, Minibatch(*rows), args)
+        for mb in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
+            loss, metrics = loss_fn(agent, Minibatch(*mb), args)
             optimizer.zero_grad()
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
             optimizer.step()
-            history.append(torch.stack([x.detach() for x in metrics.values()]))
+            history.append({name: x.detach() for name, x in metrics.items()})
     if args.norm_obs:  # not before: the policy that learns must be the one that played
         agent.obs_stats.update(batch.obs)
-    metrics = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
+    metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
     metrics["explained_variance"] = 1 - ((ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)).item()
+    state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
     return state, metrics
 
 
@@ -576,11 +584,11 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
             state, metrics = update(state, batch, args)
-            state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
-            if not all(map(math.isfinite, metrics.values())):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            if bad:
                 path = run_dir / "checkpoint.pt"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {state.iteration}: not finite: {metrics}; {saved}")
+                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite; {saved}")
 
             for t, n in np.argwhere(batch.done):
                 writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])

@@ -26,10 +26,11 @@ with a squared error for the value and an entropy bonus beside it, and A_t the g
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
 A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, either of the two, stops the sum.
+the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum.
 
-The gradient is exact for the first step of an update alone: every later one uses advantages and actions of a policy
-that is no longer the current one. With few epochs that is a small error; ppo_jax.py is about making it small with many.
+This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
+one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo_jax.py
+is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
@@ -40,7 +41,9 @@ resumed run is then bit for bit the uninterrupted one. Other environments are st
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python vpg_advantage_jax.py --env-id CartPole-v1
-Diff:  diff reinforce_jax.py vpg_advantage_jax.py (the baseline), diff vpg_advantage_jax.py ppo_jax.py (clipping)
+Diff:  diff reinforce_jax.py vpg_advantage_jax.py (what a baseline adds)
+       diff vpg_advantage_jax.py ppo_jax.py (what clipping adds)
+       diff vpg_advantage.py vpg_advantage_jax.py (the same in PyTorch)
 """
 
 import importlib
@@ -56,7 +59,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -91,7 +94,7 @@ class Args:
     env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
-    total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -150,6 +153,8 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the batch of {args.batch_size} steps")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
+    if args.seed + args.num_seeds > 2**32:
+        raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -162,14 +167,16 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in, Discrete from 0 or a Box around [-1, 1], and the map from there to `space`."""
+    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
+    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
         raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
-    # Dimensions with two bounds are scaled to [-1, 1]; clipping to an infinite bound does nothing.
+    # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = (np.where(both, *x).astype(space.dtype) for x in ((space.low, -1), (space.high, 1)))
+    low = np.where(both, space.low, -1).astype(space.dtype)
+    high = np.where(both, space.high, 1).astype(space.dtype)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
@@ -231,14 +238,17 @@ class GymnaxEnvs:
 Envs = GymnaxEnvs | gym.vector.VectorEnv
 
 
-def in_graph(args: Args) -> bool:
+def uses_gymnax(args: Args) -> bool:
     """Whether gymnax runs the environment. It takes seconds to import, so it is asked only where that can matter."""
     if args.env_backend != "auto":
         return args.env_backend == "gymnax"
     module, _, name = args.env_id.rpartition(":")
     if module:
-        with suppress(ImportError):  # which make_env will report
+        try:
             importlib.import_module(module)  # may register with gymnax
+        except ImportError:
+            return False  # Gymnasium will say what is wrong
+    # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
     if name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
@@ -249,7 +259,7 @@ def in_graph(args: Args) -> bool:
 
 def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
-    if in_graph(args):
+    if uses_gymnax(args):
         if args.async_envs:
             raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
         if args.capture_video:
@@ -260,9 +270,10 @@ def make_envs(args: Args) -> Envs:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
-    vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if args.async_envs:  # spawned: JAX has threads, which no fork survives
+        return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
@@ -363,6 +374,7 @@ class Agent(nn.Module):
 
 
 def make_agent(envs: Envs, args: Args) -> Agent:
+    """The networks for these spaces."""
     space = envs.single_action_space
     discrete = isinstance(space, gym.spaces.Discrete)
     return Agent(envs.single_observation_space.shape[0], int(space.n) if discrete else space.shape[0], discrete, args)
@@ -403,7 +415,7 @@ class State(NamedTuple):
 
     variables: dict  # "params" and "stats" of the agent
     opt_state: optax.OptState
-    key: Array
+    key: Array  # source of all random numbers, split at every use
     env: Any  # what the environments carry on, None where they live on the host
     obs: Array  # [N, D] what each environment shows now
     running_return: Array  # [N] discounted return of each episode in progress, for --norm-reward
@@ -430,10 +442,10 @@ def gae(
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
-    # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
     decay = gamma * gae_lambda * (1 - done)
 
     def backward(following, t):
+        # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         adv = delta[t] + decay[t] * following
         return adv, adv
 
@@ -441,12 +453,10 @@ def gae(
 
 
 def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
-    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N].
-
-    C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one.
-    """
+    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
 
     def forward(carry, t):
+        # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
         ret = reward[t] + gamma * carry
         return (1 - done[t]) * ret, ret
 
@@ -467,6 +477,7 @@ def policy_loss(logp: Array, adv: Array) -> Array:
 
 def value_loss(value: Array, ret: Array) -> Array:
     """Half the mean squared error: [...] -> scalar."""
+    # (V(s_t) - V_t^targ)^2    (Schulman et al. 2016, eq. 28; 2017, eq. 9)
     return 0.5 * ((value - ret) ** 2).mean()
 
 
@@ -495,26 +506,26 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
-    key, rollout_key = jax.random.split(state.key[0])
-    obs = np.empty((args.num_steps, *state.obs.shape[1:]), np.float32)
+    key, rollout_key = jax.random.split(state.key)
+    obs = np.empty((args.num_steps, *state.obs.shape), np.float32)
     next_obs = np.empty_like(obs)
     action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
     scalars = np.zeros((5, args.num_steps, args.num_envs), np.float32)
     reward, terminated, truncated, episode_return, episode_length = scalars
-    standing = state.obs[0]
+    current = np.asarray(state.obs)
     for t, act_key in enumerate(np.asarray(jax.random.split(rollout_key, args.num_steps))):
-        obs[t] = standing
+        obs[t] = current
         action[t] = act(state.variables, obs[t], act_key)
-        standing, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
-        next_obs[t] = standing
-        if "final_obs" in info:  # what these environments show is a reset
+        current, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
+        next_obs[t] = current
+        if "final_obs" in info:  # where an episode ended, `current` is a reset observation already
             ended = info["_final_obs"]
             next_obs[t, ended] = np.stack(info["final_obs"][ended])
             episode_return[t] = info["final_info"]["episode"]["r"]
             episode_length[t] = info["final_info"]["episode"]["l"]
-    step = int(state.step[0]) + args.num_envs * np.arange(1, args.num_steps + 1, dtype=np.int32)
+    step = int(state.step) + args.num_envs * np.arange(1, args.num_steps + 1, dtype=np.int32)
     batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
-    return state._replace(key=key[None], obs=standing[None].copy()), batch
+    return state._replace(key=key, obs=np.array(current, np.float32)), batch
 
 
 # ======================================================= Update =======================================================
@@ -525,10 +536,11 @@ def loss_fn(params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args) 
     variables = {"params": params, "stats": stats}
     logp, entropy = agent.apply(variables, mb.obs, mb.action, method="log_prob")
     adv = standardize(mb.adv) if args.norm_adv else mb.adv
-    policy = policy_loss(logp, adv)
-    value = value_loss(agent.apply(variables, mb.obs, method="value"), mb.ret)
-    loss = policy + args.vf_coef * value - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": policy, "value_loss": value, "entropy": entropy.mean()}
+    value = agent.apply(variables, mb.obs, method="value")
+    pg_loss = policy_loss(logp, adv)
+    v_loss = value_loss(value, mb.ret)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
     return loss, metrics
 
 
@@ -538,7 +550,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on clipped gradients, for a learning rate of 1."""
+    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, for it changes with the step."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
@@ -551,6 +563,12 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     bits = (size - 1).bit_length()
     words = jax.random.bits(key, (count, size)) >> bits << bits | jnp.arange(size, dtype=jnp.uint32)
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
+
+
+def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
+    """The variables after the running statistics `name` have seen x."""
+    _, new = agent.apply(variables, x, method=lambda agent, x: getattr(agent, name).update(x), mutable="stats")
+    return variables | new
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
@@ -590,19 +608,17 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     return state._replace(step=batch.step[-1], iteration=state.iteration + 1), metrics
 
 
-def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
-    """The variables after the running statistics `name` have seen x."""
-    _, new = agent.apply(variables, x, method=lambda agent, x: getattr(agent, name).update(x), mutable="stats")
-    return variables | new
-
-
 # ============================================= Checkpoint and evaluation ==============================================
 
 
 def identity(args: Args) -> dict:
     """What a checkpoint must share with the run that loads it."""
-    names = ("env_id", "env_backend", "num_envs", "num_seeds", "hidden_sizes", "activation", "norm_obs")
-    return {"format": 1, "script": "vpg_advantage_jax.py"} | {name: getattr(args, name) for name in names}
+    names = ("env_id", "num_envs", "num_seeds", "hidden_sizes", "activation", "norm_obs")
+    backend = "gymnax" if uses_gymnax(args) else "gymnasium"
+    ours = {"format": 1, "script": "vpg_advantage_jax.py", "env_backend": backend} | {
+        name: getattr(args, name) for name in names
+    }
+    return json.loads(json.dumps(ours))  # with lists for tuples, as in the file
 
 
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
@@ -623,7 +639,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         theirs = dict(meta["identity"])
     except Exception as error:
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
-    for name, ours in json.loads(json.dumps(identity(args))).items():
+    for name, ours in identity(args).items():
         if theirs.get(name) != ours:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
@@ -712,6 +728,7 @@ class StopSignal:
 
 
 def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
+    """The state of one agent before its first step."""
     key, params_key, env_key = jax.random.split(jax.random.PRNGKey(seed), 3)
     env, obs = None, jnp.zeros((args.num_envs, agent.obs_size))
     if isinstance(envs, GymnaxEnvs):
@@ -723,12 +740,17 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     return jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
 
 
+def first(tree: Any) -> Any:
+    """The arrays of the first agent, without the axis of agents."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
 def over_seeds(function: Callable, args: Args) -> Callable:
     """`function`, of one agent's arrays, for arrays with an axis of agents in front. One agent alone runs without that
     axis inside, which is faster."""
     if args.num_seeds > 1:
         return jax.vmap(function)
-    return lambda *trees: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], trees)))
+    return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
 def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -741,16 +763,14 @@ def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], t
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args), donate_argnums=0)
-    act = jax.jit(
-        lambda variables, obs, key: agent.apply(jax.tree.map(lambda x: x[0], variables), obs, key, method="act")
-    )
-    jitted_update = jax.jit(over_seeds(partial(update, agent=agent, args=args), args))
+    act = jax.jit(partial(agent.apply, method="act"))
+    jitted_first = jax.jit(first)
+    jitted_update = jax.jit(lambda *played: jax.tree.map(lambda x: x[None], update(*played, agent, args)))
 
     def train_step_on_host(state):
-        state, batch = rollout_on_host(state, act, envs, args)
-        batch = jax.tree.map(lambda x: x[None], batch)
+        state, batch = rollout_on_host(jitted_first(state), act, envs, args)
         state, metrics = jitted_update(state, batch)
-        return state, batch, metrics
+        return state, jax.tree.map(lambda x: x[None], batch), metrics
 
     return train_step_on_host
 
@@ -775,10 +795,11 @@ def learn(
             state, batch, metrics = train_step(state)
             batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration.max()))
             step = int(batch.step[:, -1].min())
-            if not all(np.isfinite(x).all() for x in metrics.values()):
+            bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            if bad:
                 path = run_dir / "checkpoint.msgpack"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {iteration}: not finite: {metrics}; {saved}")
+                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite; {saved}")
 
             for s, t, n in np.argwhere(batch.done):
                 recent_returns[s].append(float(batch.episode_return[s, t, n]))
@@ -817,14 +838,15 @@ def learn(
 
 
 def pick_device(cuda: bool) -> jax.Device:
-    """The first GPU, or the CPU. To be called before any array is made, for that starts the backends."""
+    """The first GPU, or the CPU. JAX starts its backends once, at the first array: the first call in a process decides
+    whether there are GPUs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     if not cuda:
         jax.config.update("jax_platforms", "cpu")
     try:
         return jax.devices("cuda" if cuda else "cpu")[0]
     except RuntimeError:
-        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+        print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         return jax.devices("cpu")[0]
 
 
@@ -850,34 +872,29 @@ def train(args: Args) -> Result:
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):
-                state = state._replace(obs=envs.reset(seed=env_seeds(args.seed, step, args.num_envs))[0][None])
+                obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
+                state = state._replace(obs=obs[None], running_return=jnp.zeros_like(state.running_return))
             train_step = make_train_step(agent, envs, args)
             state, episodes = learn(state, recent_returns, train_step, args, run_dir)
 
         eval_returns = np.zeros((args.num_seeds, 0))
         if args.eval_episodes:
-            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 1))(seeds)
+            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
             if isinstance(envs, GymnaxEnvs) and not args.capture_video:
                 play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args.env_id, args.eval_episodes), args=args)
                 eval_returns = np.asarray(jax.jit(over_seeds(play, args))(state.variables, keys))
             else:
-                variables = jax.tree.map(lambda x: x[0], state.variables)
-                eval_returns = evaluate_on_host(variables, keys[0], agent, args, run_dir)[None]
+                eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
             for seed, returns in zip(seeds, eval_returns, strict=True):
                 who = f"seed {seed}: " if args.num_seeds > 1 else ""
                 print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     print(run_dir)
-    result = Result(
-        agent=state.variables,
-        episode_returns=[np.array([x for x, _ in of_seed]) for of_seed in episodes],
-        episode_steps=[np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes],
-        eval_returns=eval_returns,
-        run_dir=run_dir,
-    )
-    if args.num_seeds > 1:
-        return result
-    variables = jax.tree.map(lambda x: x[0], state.variables)
-    return Result(variables, result.episode_returns[0], result.episode_steps[0], eval_returns[0], run_dir)
+    variables = state.variables
+    returns = [np.array([x for x, _ in of_seed]) for of_seed in episodes]
+    steps = [np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes]
+    if args.num_seeds == 1:
+        variables, returns, steps, eval_returns = first(variables), returns[0], steps[0], eval_returns[0]
+    return Result(variables, returns, steps, eval_returns, run_dir)
 
 
 def main() -> None:

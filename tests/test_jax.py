@@ -198,9 +198,9 @@ CHOICES = [("CartPole-v1", True), ("Breakout-MinAtar", True), ("FrozenLake-v1", 
 def test_backend(env_id, expected):
     """auto takes gymnax where it has the environment; the flag overrides."""
     module = importlib.import_module("ppo_jax")
-    assert module.in_graph(module.Args(env_id=env_id)) == expected
-    assert module.in_graph(module.Args(env_id=env_id, env_backend="gymnax"))
-    assert not module.in_graph(module.Args(env_id=env_id, env_backend="gymnasium"))
+    assert module.uses_gymnax(module.Args(env_id=env_id)) == expected
+    assert module.uses_gymnax(module.Args(env_id=env_id, env_backend="gymnax"))
+    assert not module.uses_gymnax(module.Args(env_id=env_id, env_backend="gymnasium"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -211,7 +211,7 @@ import sys, {script} as module
 assert not {{"torch", "gymnax", "tensorboardX"}} & set(sys.modules)
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
-assert not module.in_graph(module.Args(env_id="FrozenLake-v1"))
+assert not module.uses_gymnax(module.Args(env_id="FrozenLake-v1"))
 assert "gymnax" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

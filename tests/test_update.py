@@ -27,7 +27,7 @@ class Run:
     """What `train` sets up before the first rollout."""
 
     def __init__(self, script, env_id="CartPole-v1", **flags):
-        small = {"num_envs": 3} if script is reinforce else {"num_envs": 3, "num_steps": 16}
+        small = {"num_envs": 3} if script is reinforce else {"num_envs": 3, "num_steps": 16, "norm_reward": False}
         self.script = script
         self.args = script.Args(env_id=env_id, **{"anneal_lr": False, **small, **flags})
         torch.manual_seed(self.args.seed)
@@ -532,7 +532,7 @@ def test_batches_that_do_not_fit(script, flags, flag):
 def test_target_kl_looks_at_the_mean_of_an_epoch(kls, steps, monkeypatch):
     """Four minibatches, three epochs, target 0.1: after an epoch whose mean is above it the update ends."""
     given = iter([*kls, *[0.0] * 12])
-    monkeypatch.setattr(ppo, "approx_kl", lambda *_: torch.tensor(next(given)))
+    monkeypatch.setattr(ppo, "approx_kl", lambda *_: torch.tensor(float(next(given))))
     run = Run(ppo, target_kl=0.1, num_minibatches=4, update_epochs=3)
     grads, _ = run.gradients(run.rollout())
     assert len(grads) == steps

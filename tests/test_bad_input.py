@@ -1,0 +1,312 @@
+"""What a user can get wrong: status 2 and one line on stderr that names the flag, no traceback, nothing left behind."""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
+ACTOR_CRITIC = tuple(script for script in SCRIPTS if not script.startswith("reinforce"))
+REINFORCE = tuple(script for script in SCRIPTS if script.startswith("reinforce"))
+PPO = tuple(script for script in SCRIPTS if script.startswith("ppo"))
+SLOW = {script: [pytest.mark.slow] if script.endswith("_jax") else [] for script in SCRIPTS}  # what has to compile
+JAX_LATER = [pytest.param(script, marks=marks) for script, marks in SLOW.items()]
+ROOT = Path(__file__).parents[1]
+SMALL = "--num-envs 2 --hidden-sizes 8 --eval-episodes 1 --total-timesteps 64 "
+TINY = {script: SMALL + "--num-steps 16 --num-minibatches 2 --save-every 1" for script in ACTOR_CRITIC}
+TINY |= {script: SMALL + "--max-episode-steps 16 --save-every 1" for script in REINFORCE}
+
+
+def toy(name: str) -> str:
+    return f"--env-id tests.probe_envs:{name}-v0"
+
+
+# (scripts, command line, what the line on stderr has to say besides the flag and its value)
+NUMBERS = [
+    (SCRIPTS, "--seed -1", "[0, 4294967295]"),
+    (SCRIPTS, "--seed 4294967296", "[0, 4294967295]"),
+    (SCRIPTS, "--total-timesteps 0", "must lie in [1, "),
+    (SCRIPTS, "--total-timesteps -5", "must lie in [1, "),
+    (SCRIPTS, "--save-every -1", "[0, inf)"),
+    (SCRIPTS, "--eval-episodes -1", "[0, inf)"),
+    (SCRIPTS, "--return-window 0", "[1, inf)"),
+    (SCRIPTS, "--target-return nan", "(-inf, inf)"),
+    (SCRIPTS, "--target-return inf", "(-inf, inf)"),
+    (SCRIPTS, "--learning-rate 0", "(0, inf)"),
+    (SCRIPTS, "--learning-rate -0.001", "(0, inf)"),
+    (SCRIPTS, "--learning-rate nan", "(0, inf)"),
+    (SCRIPTS, "--learning-rate inf", "(0, inf)"),
+    (SCRIPTS, "--num-envs 0", "[1, inf)"),
+    (SCRIPTS, "--num-envs -2", "[1, inf)"),
+    (SCRIPTS, "--gamma -0.1", "[0, 1]"),
+    (SCRIPTS, "--gamma 1.01", "[0, 1]"),
+    (SCRIPTS, "--gamma nan", "[0, 1]"),
+    (SCRIPTS, "--ent-coef -0.01", "[0, inf)"),
+    (SCRIPTS, "--ent-coef inf", "[0, inf)"),
+    (SCRIPTS, "--max-grad-norm 0", "(0, inf)"),
+    (SCRIPTS, "--max-grad-norm nan", "(0, inf)"),
+    (SCRIPTS, "--hidden-sizes 0", "[1, inf)"),
+    (SCRIPTS, "--hidden-sizes 64 -1", "[1, inf)"),
+    (REINFORCE, "--max-episode-steps 0", "[1, inf)"),
+    (REINFORCE, "--temperature 0", "(0, inf)"),
+    (REINFORCE, "--temperature inf", "(0, inf)"),
+    (ACTOR_CRITIC, "--num-steps 0", "[1, inf)"),
+    (ACTOR_CRITIC, "--gae-lambda 1.5", "[0, 1]"),
+    (ACTOR_CRITIC, "--gae-lambda nan", "[0, 1]"),
+    (ACTOR_CRITIC, "--num-minibatches 0", "[1, inf)"),
+    (ACTOR_CRITIC, "--update-epochs 0", "[1, inf)"),
+    (ACTOR_CRITIC, "--vf-coef -1", "[0, inf)"),
+    (ACTOR_CRITIC, "--vf-coef nan", "[0, inf)"),
+    (PPO, "--clip-coef 0", "(0, inf)"),
+    (PPO, "--clip-coef nan", "(0, inf)"),
+    (PPO, "--target-kl 0", "(0, inf)"),
+    (PPO, "--target-kl inf", "(0, inf)"),
+]
+COMBINATIONS = [
+    (ACTOR_CRITIC, "--num-minibatches 3", "must divide the batch of 32"),
+    (ACTOR_CRITIC, "--num-minibatches 64", "must divide the batch of 32"),
+    (ACTOR_CRITIC, "--total-timesteps 31", "one batch of 32"),
+    (SCRIPTS, "--eval-only", "--resume"),
+]
+ENVIRONMENTS = [
+    (SCRIPTS, "--env-id NoSuchThing-v0", "doesn't exist"),
+    (SCRIPTS, "--env-id CartPol-v1", "`CartPole`"),
+    (SCRIPTS, "--env-id CartPole-v99", "`v1`"),
+    (SCRIPTS, "--env-id no_such_module:CartPole-v1", "no_such_module"),
+    (SCRIPTS, toy("NoSuchToy"), "doesn't exist"),
+    (SCRIPTS, "--env-id=", "ID"),
+    (SCRIPTS, toy("Image"), "Box(0, 255, (8, 8, 3), uint8) need a convolutional network"),
+    (SCRIPTS, toy("SequenceObs"), "Sequence("),
+    (SCRIPTS, toy("GraphObs"), "Graph("),
+    (SCRIPTS, toy("MultiDiscreteAction"), "MultiDiscrete([2 3])"),
+    (SCRIPTS, toy("IntegerBoxAction"), "Box(0, 5, (1,), int64)"),
+    (REINFORCE, "--temperature 2.0 --env-id Pendulum-v1", "softmax"),
+]
+TYRO = [  # its own message, of several lines
+    (SCRIPTS, "--num-envs two", "two"),
+    (SCRIPTS, "--learning-rate", "argument"),
+    (SCRIPTS, "--activation gelu", "relu"),
+    (SCRIPTS, "--no-such-flag 1", "no-such-flag"),
+]
+
+
+def rows(*tables, jax_later=False):
+    """One case for each script that a row names."""
+    cases = [(script, words, text) for table in tables for scripts, words, text in table for script in scripts]
+    cases = [pytest.param(*case, marks=SLOW[case[0]] if jax_later else []) for case in cases]
+    return pytest.mark.parametrize(("script", "words", "text"), cases)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, recwarn):
+    """(script, command line) -> (status, stderr) of a run in this process."""
+
+    def call(script: str, words: str) -> tuple[int, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words.split()])
+        try:
+            importlib.import_module(script).main()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        err = capsys.readouterr().err
+        assert not recwarn.list, "a warning is one more line on stderr"
+        return status, err
+
+    return call
+
+
+def check(status: int, err: str, flag: str, text: str) -> None:
+    """Status 2 and one line."""
+    assert status == 2, err
+    assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    assert flag in err and text in err, err
+
+
+@rows(NUMBERS, COMBINATIONS, ENVIRONMENTS)
+def test_one_line(script, words, text, main, tmp_path):
+    status, err = main(script, f"{TINY[script]} {words}")
+    flag, _, values = words.replace("=", " ").partition(" ")
+    check(status, err, flag, text)
+    wrong = values.split()[-1:]  # of several hidden sizes the last
+    assert not wrong or flag == "--temperature" or wrong[0] in err
+    assert not list(tmp_path.iterdir())
+
+
+@rows(TYRO)
+def test_words_that_make_no_arguments(script, words, text, main, tmp_path):
+    status, err = main(script, f"{TINY[script]} {words}")
+    assert status == 2 and words.split()[0] in err and text in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", REINFORCE)
+def test_no_time_limit(script, main, tmp_path):
+    words = TINY[script].replace("--max-episode-steps 16", toy("NoTimeLimit"))
+    check(*main(script, words), "--env-id tests.probe_envs:NoTimeLimit-v0", "--max-episode-steps")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_video_of_what_cannot_be_rendered(script, main, tmp_path):
+    """Said at the start, not after hours of training."""
+    pytest.importorskip("moviepy")
+    check(*main(script, f"{TINY[script]} --capture-video {toy('DictObs')}"), "--capture-video", "DictObs")
+    assert not list(tmp_path.iterdir())
+
+
+@rows(
+    [(SCRIPTS, "--gamma 2", "[0, 1]"), (SCRIPTS, "--env-id CartPol-v1", "`CartPole`"), (SCRIPTS, "--eval-only", "")],
+    jax_later=True,
+)
+def test_as_a_program(script, words, text, tmp_path):
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *words.split()]
+    process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    check(process.returncode, process.stderr, words.split()[0], text)
+    assert not process.stdout and not list(tmp_path.iterdir())
+
+
+# ===================================================== Checkpoints ====================================================
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """script -> the checkpoint of a short run. Not to be written to."""
+    paths = {}
+
+    def get(script: str) -> Path:
+        if script not in paths:
+            module = importlib.import_module(script)
+            words = TINY[script].split()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp(script))
+                patch.setattr(sys, "argv", [script, *words])
+                module.main()
+                (paths[script],) = Path.cwd().glob("runs/*/checkpoint.*")
+        return paths[script]
+
+    return get
+
+
+OTHER_RUNS = [
+    (SCRIPTS, "--env-id Acrobot-v1", "env_id is CartPole-v1, this run's is Acrobot-v1"),
+    (SCRIPTS, "--hidden-sizes 8 8", "hidden_sizes"),
+    (SCRIPTS, "--hidden-sizes 16", "hidden_sizes"),
+    (SCRIPTS, "--activation relu", "activation is tanh, this run's is relu"),
+    (ACTOR_CRITIC, "--norm-obs", "norm_obs is False, this run's is True"),
+    (REINFORCE, "--temperature 2.0", "temperature is 1.0, this run's is 2.0"),
+]
+
+
+@rows(OTHER_RUNS, jax_later=True)
+@pytest.mark.parametrize("eval_only", ["", "--eval-only"])
+def test_checkpoint_of_another_run(script, words, text, eval_only, main, saved, tmp_path):
+    path = saved(script)
+    before = {p: p.stat().st_mtime_ns for p in path.parent.iterdir()}
+    check(*main(script, f"{TINY[script]} {words} {eval_only} --resume {path}"), f"--resume {path}", text)
+    assert {p: p.stat().st_mtime_ns for p in path.parent.iterdir()} == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_checkpoint_of_another_script(script, main, saved, tmp_path):
+    other = next(s for s in SCRIPTS if s != script and s.endswith("_jax") == script.endswith("_jax"))
+    check(*main(script, f"{TINY[script]} --resume {saved(other)}"), "--resume", f"{other}.py")
+    assert not list(tmp_path.iterdir())
+
+
+def structures(script: str) -> list[bytes]:
+    """Files that can be read and are no checkpoints."""
+    values = [3, [1, 2], {}, {"identity": 3}, {"identity": {}}, {"identity": ["ppo.py"]}, {"meta": "{}"}]
+    if script.endswith("_jax"):
+        from flax.serialization import msgpack_serialize
+
+        return [msgpack_serialize(value) for value in values]
+    import io
+
+    import torch
+
+    files = [io.BytesIO() for _ in values]
+    for file, value in zip(files, values, strict=True):
+        torch.save(value, file)
+    return [file.getvalue() for file in files]
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_unreadable_checkpoint(script, main, saved, tmp_path):
+    good, bad = saved(script).read_bytes(), tmp_path / saved(script).name
+    noise = np.random.default_rng(0).bytes(5_000)
+    # cut off anywhere, no content at all, text, noise, and a good start with noise after it
+    damaged = [good[: len(good) * i // 8] for i in range(8)] + [good[:-1], b"hello\n", noise, good[:2_000] + noise]
+    for content in damaged + structures(script):
+        bad.write_bytes(content)
+        check(*main(script, f"{TINY[script]} --resume {bad}"), "--resume", str(bad))
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_missing_checkpoint(script, main, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in ("nowhere", "nowhere/checkpoint.pt", "empty"):
+        check(*main(script, f"{TINY[script]} --resume {path}"), "--resume", path)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __reduce__(self):
+        return Path.mkdir, (Path("pwned"),)
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("as_torch_file", [False, True])
+def test_checkpoint_cannot_run_code(script, as_torch_file, main, saved, tmp_path):
+    bad = tmp_path / saved(script).name
+    bad.write_bytes(pickle.dumps(Payload(), protocol=2))  # torch.load warns of others
+    pickle.loads(bad.read_bytes())
+    Path("pwned").rmdir()  # which was there: the payload works
+    if as_torch_file:
+        import torch
+
+        good = torch.load(saved(script), weights_only=True) if bad.suffix == ".pt" else {}
+        torch.save(good | {"rng": Payload()}, bad)
+        torch.load(bad, weights_only=False)
+        Path("pwned").rmdir()
+    check(*main(script, f"{TINY[script]} --resume {bad}"), "--resume", "not a readable checkpoint")
+    assert not Path("pwned").exists()
+
+
+# ==================================================== Not a number ====================================================
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_nan_stops_the_run(script, main):
+    """The fifth reward, in the second iteration, is NaN; the checkpoint of the first one is whole."""
+    words = TINY[script].replace("--num-envs 2", "--num-envs 1").replace("--num-steps 16", "--num-steps 4")
+    status, err = main(script, f"{words} {toy('NanReward')}")
+    (path,) = Path("runs").iterdir()
+    assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
+    assert "iteration 2" in err and f"last good checkpoint is {path}" in err
+    assert not [p for p in path.iterdir() if "partial" in p.name]
+    status, err = main(script, f"{words} {toy('NanReward')} --eval-only --resume {path}")
+    assert status == 0 and not err  # it loads; below: its parameters are finite and it is of iteration 1
+    module = importlib.import_module(script)
+    args = module.tyro.cli(module.Args, args=f"{words} {toy('NanReward')} --eval-only --resume {path}".split())
+    agent = module.train(args).agent
+    leaves = agent.state_dict().values() if hasattr(agent, "state_dict") else module.jax.tree.leaves(agent)
+    assert all(np.isfinite(np.asarray(x)).all() for x in leaves)
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("save_every", ["", "--save-every 0"])
+def test_nan_at_once_names_no_checkpoint(script, save_every, main):
+    status, err = main(script, f"{TINY[script]} {toy('NanAtOnce')} {save_every}")
+    assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
+    assert "iteration 1" in err and "no checkpoint was saved" in err
+    assert not list(Path("runs").glob("*/checkpoint*"))
