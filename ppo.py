@@ -92,6 +92,7 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
@@ -171,7 +172,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
-        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+        env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
         space = env.observation_space
@@ -627,8 +628,8 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             bar.update(min(state.step, args.last_step) - bar.n)
 
             if args.save_every and state.iteration % args.save_every == 0:
-                writer.flush()
                 save(state, args, run_dir)
+                writer.flush()
             full = len(state.recent_returns) == args.return_window
             if args.target_return is not None and full and mean_return >= args.target_return:
                 break

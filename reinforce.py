@@ -502,8 +502,8 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             bar.update(min(state.step, args.last_step) - bar.n)
 
             if args.save_every and state.iteration % args.save_every == 0:
-                writer.flush()
                 save(state, args, run_dir)
+                writer.flush()
             full = len(state.recent_returns) == args.return_window
             if args.target_return is not None and full and mean_return >= args.target_return:
                 break

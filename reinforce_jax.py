@@ -663,7 +663,7 @@ def learn(
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
 
-    episodes = [[] for _ in recent_returns]
+    episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
     step = first_step = int(state.step.min())
     start = time.perf_counter()
     with (
@@ -704,8 +704,8 @@ def learn(
             bar.update(min(step, args.last_step) - bar.n)
 
             if args.save_every and iteration % args.save_every == 0:
-                writer.flush()
                 save(state, recent_returns, args, run_dir)
+                writer.flush()
             full = all(len(returns) == args.return_window for returns in recent_returns)
             if args.target_return is not None and full and mean_returns.min() >= args.target_return:
                 break

@@ -109,6 +109,7 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.99, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(1, "[1, inf)")  # minibatches per epoch, must divide the batch
@@ -189,7 +190,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
-        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+        env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
         space = env.observation_space
@@ -209,12 +210,14 @@ class GymnaxEnvs:
     """N copies of a gymnax environment, as pure functions to be compiled. They show, take and restart like those of
     `make_envs`."""
 
-    def __init__(self, env_id: str, num_envs: int):
+    def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, for it takes seconds
         from gymnax.environments.spaces import gymnax_space_to_gym_space
         from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
 
-        env, self.params = gymnax.make(env_id.rpartition(":")[2])
+        env, self.params = gymnax.make(args.env_id.rpartition(":")[2])
+        if args.max_episode_steps is not None:
+            self.params = self.params.replace(max_steps_in_episode=args.max_episode_steps)
         self.env, self.num_envs = LogWrapper(FlattenObservationWrapper(env)), num_envs
         self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
         self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
@@ -265,7 +268,7 @@ def make_envs(args: Args) -> Envs:
         if args.capture_video:
             make_env(args).close()  # the evaluation needs it
         try:
-            return GymnaxEnvs(args.env_id, args.num_envs)
+            return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
@@ -781,7 +784,7 @@ def learn(
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
 
-    episodes = [[] for _ in recent_returns]
+    episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
     step = first_step = int(state.step.min())
     start = time.perf_counter()
     with (
@@ -822,8 +825,8 @@ def learn(
             bar.update(min(step, args.last_step) - bar.n)
 
             if args.save_every and iteration % args.save_every == 0:
-                writer.flush()
                 save(state, recent_returns, args, run_dir)
+                writer.flush()
             full = all(len(returns) == args.return_window for returns in recent_returns)
             if args.target_return is not None and full and mean_returns.min() >= args.target_return:
                 break
@@ -881,7 +884,7 @@ def train(args: Args) -> Result:
         if args.eval_episodes:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
             if isinstance(envs, GymnaxEnvs) and not args.capture_video:
-                play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args.env_id, args.eval_episodes), args=args)
+                play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
                 eval_returns = np.asarray(jax.jit(over_seeds(play, args))(state.variables, keys))
             else:
                 eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]

@@ -42,7 +42,7 @@ STATES = {
 def test_gymnax_steps_as_gymnasium(env_id):
     """From one state and one action both give one observation, reward and end; to float32 against float64."""
     ppo_jax = importlib.import_module("ppo_jax")
-    envs = ppo_jax.GymnaxEnvs(env_id, 1)
+    envs = ppo_jax.GymnaxEnvs(ppo_jax.Args(env_id=env_id), 1)
     host = ppo_jax.make_env(ppo_jax.Args(env_id=env_id))
     host.reset(seed=0)
     names, bounds = STATES[env_id]
@@ -79,7 +79,7 @@ def test_gymnax_steps_as_gymnasium(env_id):
 def test_gymnax_time_limit(env_id):
     """At the limit truncated alone is set, the last observation is in the info and the next one is a start."""
     ppo_jax = importlib.import_module("ppo_jax")
-    envs = ppo_jax.GymnaxEnvs(env_id, 2)
+    envs = ppo_jax.GymnaxEnvs(ppo_jax.Args(env_id=env_id), 2)
     limit = gym.spec(env_id).max_episode_steps
     assert int(envs.params.max_steps_in_episode) == limit
     states, _ = envs.reset(jax.random.PRNGKey(0))

@@ -9,10 +9,11 @@ SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_
 JAX_LATER = [pytest.param(s, marks=[pytest.mark.slow] if s.endswith("_jax") else []) for s in SCRIPTS]
 GAMMA = 0.5  # so that a discount that is missing, or one too many, shows
 SETTINGS = {"learning_rate": 0.01, "num_envs": 16, "hidden_sizes": (16,), "gamma": GAMMA, "eval_episodes": 20}
-EPOCHS = {"total_timesteps": 8_192, "num_steps": 16, "update_epochs": 4}
+BATCHES = {"num_steps": 16, "num_minibatches": 4, "gae_lambda": 0.9, "norm_adv": True, "norm_reward": False}
+EPOCHS = BATCHES | {"total_timesteps": 8_192, "update_epochs": 4}
 BUDGET = {  # 400, 256 and 512 gradient steps; without clipping, several epochs are good for the value alone
     "reinforce": {"total_timesteps": 6_400},
-    "vpg_advantage": {"total_timesteps": 16_384, "num_steps": 16, "update_epochs": 1, "norm_reward": False},
+    "vpg_advantage": BATCHES | {"total_timesteps": 16_384, "update_epochs": 1},
     "ppo": EPOCHS,
 }
 

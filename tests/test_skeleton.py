@@ -18,27 +18,25 @@ SOURCE = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 TREE = {script: ast.parse(source) for script, source in SOURCE.items()}
 
 # Flags of one framework alone, and what is meant to differ in a flag that several scripts have: (flag, property) ->
-# part of a script's name -> what it is there. --exp-name is the script's name.
+# part of a script's name -> what it is there. The rest have to agree among themselves. --exp-name is the script's name.
 JAX_ONLY = {"num_seeds", "env_backend"}
 TORCH_ONLY = set()
 DIFFERENCES = {
-    ("num_envs", "help"): {"reinforce": "environments side by side, one episode of each per update (N)"},
-    ("num_envs", "default"): {"ppo": "bounded(4, '[1, inf)')"},
-    ("gamma", "default"): {"ppo": "bounded(0.98, '[0, 1]')"},
-    ("learning_rate", "default"): {"ppo": "bounded(0.001, '(0, inf)')"},
-    ("gae_lambda", "default"): {"vpg_advantage": "bounded(0.99, '[0, 1]')"},
-    ("norm_reward", "default"): {"vpg_advantage": "True"},
-    ("num_steps", "default"): {"vpg_advantage": "bounded(64, '[1, inf)')"},
-    ("total_timesteps", "default"): {  # steps are int32 in JAX
-        "ppo_jax": "bounded(200000, '[1, 2147483647]')",
-        "_jax": "bounded(300000, '[1, 2147483647]')",
-        "ppo": "bounded(200000, '[1, inf)')",
-    },
-    ("num_minibatches", "default"): {"vpg_advantage": "bounded(1, '[1, inf)')"},
-    ("update_epochs", "default"): {"vpg_advantage": "bounded(1, '[1, inf)')"},
-    ("norm_adv", "default"): {"vpg_advantage": "False"},
     ("env_id", "help"): {"_jax": "any gymnax or Gymnasium id; module:Id imports the module first"},
-    ("exp_name", "default"): {script: repr(script) for script in sorted(SCRIPTS, key=len, reverse=True)},
+    ("num_envs", "help"): {"reinforce": "environments side by side, one episode of each per update (N)"},
+    ("total_timesteps", "interval"): {"_jax": "[1, 2147483647]"},  # steps are counted in 32 bits
+    ("exp_name", "default"): {script: script for script in sorted(SCRIPTS, key=len, reverse=True)},
+    # tuned for each algorithm
+    ("total_timesteps", "default"): {"ppo": 200_000},
+    ("learning_rate", "default"): {"ppo": 1e-3},
+    ("num_envs", "default"): {"ppo": 4},
+    ("num_steps", "default"): {"ppo": 128},
+    ("gamma", "default"): {"ppo": 0.98},
+    ("gae_lambda", "default"): {"ppo": 0.9},
+    ("num_minibatches", "default"): {"ppo": 4},
+    ("update_epochs", "default"): {"ppo": 10},
+    ("norm_adv", "default"): {"ppo": True},
+    ("norm_reward", "default"): {"ppo": False},
 }
 SECTIONS = ["Arguments", "Environment", "Networks", "Data", "Math", "Rollout", "Update", "Checkpoint and evaluation"]
 SECTIONS += ["Training"]
@@ -74,20 +72,22 @@ def definitions(script: str) -> list[str]:
     return names
 
 
-def flags(script: str) -> dict[str, dict[str, str]]:
-    """Annotation, default and help of each flag. Help is the comment behind it."""
+def flags(script: str) -> dict[str, dict]:
+    """Annotation, default, interval and help of each flag. Help is the comment behind it."""
     (args,) = (node for node in TREE[script].body if isinstance(node, ast.ClassDef) and node.name == "Args")
     lines = iter(SOURCE[script].splitlines(keepends=True))
     comments = {t.start[0]: t for t in tokenize.generate_tokens(lambda: next(lines)) if t.type == tokenize.COMMENT}
-    return {
-        node.target.id: {
-            "annotation": ast.unparse(node.annotation),
-            "default": ast.unparse(node.value),
-            "help": comments[node.lineno].string.removeprefix("# "),
-        }
-        for node in args.body
-        if isinstance(node, ast.AnnAssign)
-    }
+    found = {}
+    for node in args.body:
+        if isinstance(node, ast.AnnAssign):
+            values = node.value.args if isinstance(node.value, ast.Call) else [node.value, ast.Constant(None)]
+            found[node.target.id] = {
+                "annotation": ast.unparse(node.annotation),
+                "default": ast.literal_eval(values[0]),
+                "interval": ast.literal_eval(values[1]),
+                "help": comments[node.lineno].string.removeprefix("# "),
+            }
+    return found
 
 
 def imports(script: str) -> set[str]:
