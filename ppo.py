@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -650,6 +651,8 @@ def train(args: Args) -> Result:
     if args.cuda and not torch.cuda.is_available():
         print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
     torch.manual_seed(args.seed)
     with closing(make_envs(args)) as envs:
         agent = Agent(envs, args).to(device)
