@@ -76,6 +76,22 @@ class Tabular(gym.Env):
         return self.state, reward, following == 2, False, {}
 
 
+class Large(gym.Env):
+    """Observations as large as a picture, which say which of two actions is rewarded."""
+
+    observation_space = gym.spaces.Box(-1, 1, (84 * 84,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.right = int(self.np_random.integers(2))
+        return np.full(84 * 84, 2 * self.right - 1, np.float32), {}
+
+    def step(self, action):
+        reward = float(action == self.right)
+        return self.reset()[0], reward, False, False, {}
+
+
 BOUNDS = np.array([[-2, 0, -np.inf, -1], [3, 1, np.inf, np.inf]], np.float32)  # two-, two-, un- and half-bounded
 
 gym.register("Ledger-v0", Ledger, max_episode_steps=5)
@@ -83,3 +99,4 @@ gym.register("Fixed-v0", Ledger, max_episode_steps=10, kwargs={"length": 4})
 gym.register("EchoBox-v0", Echo, max_episode_steps=5, kwargs={"action_space": gym.spaces.Box(*BOUNDS)})
 gym.register("EchoDiscrete-v0", Echo, max_episode_steps=5, kwargs={"action_space": gym.spaces.Discrete(3, start=5)})
 gym.register("Tabular-v0", Tabular, max_episode_steps=Tabular.horizon)
+gym.register("Large-v0", Large, max_episode_steps=20)
