@@ -902,7 +902,8 @@ def train(args: Args) -> Result:
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):
                 obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
-                state = state._replace(obs=obs[None], running_return=jnp.zeros_like(state.running_return))
+                obs = jnp.asarray(obs, jnp.float32)[None]
+                state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
             train_step = make_train_step(agent, envs, args)
             state, episodes = learn(state, recent_returns, train_step, args, run_dir)
 
