@@ -449,23 +449,25 @@ def gae(
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
 
-    def backward(following, t):
+    def backward(following, now):
+        delta_t, decay_t = now
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
-        adv = delta[t] + decay[t] * following
+        adv = delta_t + decay_t * following
         return adv, adv
 
-    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), jnp.arange(len(delta)), reverse=True)[1]
+    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)[1]
 
 
 def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
     """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
 
-    def forward(carry, t):
+    def forward(carry, now):
+        reward_t, done_t = now
         # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
-        ret = reward[t] + gamma * carry
-        return (1 - done[t]) * ret, ret
+        ret = reward_t + gamma * carry
+        return (1 - done_t) * ret, ret
 
-    carry, ret = jax.lax.scan(forward, carry, jnp.arange(len(reward)))
+    carry, ret = jax.lax.scan(forward, carry, (reward, done))
     return ret, carry
 
 

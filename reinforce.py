@@ -281,9 +281,9 @@ class Result(NamedTuple):
 
 def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
-    # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
     ret, following = torch.empty_like(reward), torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
+        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
         ret[t] = following = reward[t] + gamma * (1 - done[t]) * following
     return ret
 

@@ -374,12 +374,13 @@ class Result(NamedTuple):
 def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
 
-    # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
-    def backward(following, t):
-        ret = reward[t] + gamma * (1 - done[t]) * following
+    def backward(following, now):
+        reward_t, done_t = now
+        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
+        ret = reward_t + gamma * (1 - done_t) * following
         return ret, ret
 
-    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), jnp.arange(len(reward)), reverse=True)[1]
+    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), (reward, done), reverse=True)[1]
 
 
 def standardize(x: Array, mask: Array) -> Array:
