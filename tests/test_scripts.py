@@ -543,8 +543,10 @@ def test_signal_in_a_step(script, name, status, capsys):
 
 @each_script
 def test_second_interrupt_stops_at_once(script):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background lacks
     with pytest.raises(KeyboardInterrupt):
         run(script, env_id=toy("InterruptedTwice"), num_envs=1)
+    signal.signal(signal.SIGINT, previous)
 
 
 def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
