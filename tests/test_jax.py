@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = ("reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,20 @@ def test_eval_only_evaluates_each_agent(script, capsys):
     np.testing.assert_array_equal(result.eval_returns, again.eval_returns)
     assert again.eval_returns.shape == (3, 2)
     assert [f"seed {seed}: evaluation" in capsys.readouterr().out or seed for seed in (1,)] == [True]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_log_of_many_seeds(script):
+    """Mean and 95 % interval over seeds at every iteration, and the final mean return of each seed under its number."""
+    result = importlib.import_module(script).train(small_args(importlib.import_module(script), seed=7, num_seeds=3))
+    log = EventAccumulator(str(result.run_dir), size_guidance={"scalars": 0}).Reload()
+    final = [np.mean(returns[-100:]) for returns in result.episode_returns]
+    points = log.Scalars("charts/final_return_of_seed")
+    assert [point.step for point in points] == [7, 8, 9]
+    np.testing.assert_allclose([point.value for point in points], final, rtol=1e-6)
+    last_mean, last_interval = (log.Scalars(f"charts/episodic_return{tag}")[-1].value for tag in ("", "_95"))
+    np.testing.assert_allclose(last_mean, np.mean(final), rtol=1e-6)
+    np.testing.assert_allclose(last_interval, 1.96 * np.std(final, ddof=1) / np.sqrt(3), rtol=1e-6)
 
 
 def test_rollout_of_reinforce_stops_with_the_last_episode():
