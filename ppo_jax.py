@@ -243,14 +243,14 @@ Envs = GymnaxEnvs | gym.vector.VectorEnv
 
 def uses_gymnax(args: Args) -> bool:
     """Whether gymnax runs the environment. It takes seconds to import, so it is asked only where that can matter."""
-    if args.env_backend != "auto":
-        return args.env_backend == "gymnax"
     module, _, name = args.env_id.rpartition(":")
     if module:
         try:
             importlib.import_module(module)  # may register with gymnax
         except ImportError:
             return False  # Gymnasium will say what is wrong
+    if args.env_backend != "auto":
+        return args.env_backend == "gymnax"
     # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
     if name in gym.registry and name not in shared and "gymnax" not in sys.modules:

@@ -221,6 +221,16 @@ def test_backend(env_id, expected):
     assert not module.uses_gymnax(module.Args(env_id=env_id, env_backend="gymnasium"))
 
 
+@pytest.mark.parametrize("backend", ["gymnax", "auto"])
+def test_module_that_registers_with_gymnax(backend):
+    """module:Id imports the module first, whichever way gymnax is chosen."""
+    Path("mine.py").write_text("from gymnax.registration import *\nregister('Mine-v0', cartpole.CartPole)\n")
+    flags = f"--env-id mine:Mine-v0 --env-backend {backend} --total-timesteps 1024 --eval-episodes 1 --hidden-sizes 8"
+    command = [sys.executable, ROOT / "ppo_jax.py", *flags.split()]
+    process = subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert "evaluation: " in process.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_imports(script):
     """No torch, no gymnax (it takes seconds) and no started backend on import; no gymnax for others' environments."""
