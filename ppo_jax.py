@@ -871,7 +871,7 @@ def pick_device(cuda: bool) -> jax.Device:
     """The first GPU, or the CPU. JAX starts its backends once, at the first array: the first call in a process decides
     whether there are GPUs."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
-    os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))  # XLA's threads: on two, 128 agents hang
+    os.environ.setdefault("NPROC", str(max(3, os.cpu_count() or 1)))  # XLA's threads: on two, 128 agents hang
     if not cuda:
         jax.config.update("jax_platforms", "cpu")
     try:
