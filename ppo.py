@@ -45,21 +45,23 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -80,6 +82,7 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
     total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    compile: bool = False  # torch.compile the policy and the loss: many seconds to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -127,6 +130,12 @@ class Args:
         return self.num_iterations * self.batch_size
 
 
+def processes() -> tuple[int, int]:
+    """Rank of this process and their number: 0 and 1 unless torchrun started several."""
+    launched = dist.is_torchelastic_launched()
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+
+
 def check_args(args: Args) -> None:
     """Raise ValueError, naming the flag, for values that make no run."""
     for f in fields(args):
@@ -139,6 +148,8 @@ def check_args(args: Args) -> None:
                 raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
     if args.batch_size % args.num_minibatches:
         raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the batch of {args.batch_size} steps")
+    if args.num_envs % processes()[1] or args.minibatch_size % processes()[1]:
+        raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide by the number of processes")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if args.eval_only and args.resume is None:
@@ -191,9 +202,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+    return vector_env(env_fns[:: processes()[1]], autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
@@ -324,6 +335,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
+    act: Callable  # agent.act, and loss_fn, as they are or compiled
+    loss_fn: Callable
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -353,11 +366,12 @@ def gae(
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    adv, following = torch.empty_like(delta), torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
+    adv, following = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
-        adv[t] = following = delta[t] + decay[t] * following
-    return adv
+        following = delta_t + decay_t * following
+        adv.append(following)
+    return torch.stack(adv[::-1])
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -410,12 +424,12 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     obs = np.empty((args.num_steps, *state.obs.shape), np.float32)
     next_obs = np.empty_like(obs)
     action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
-    scalars = np.zeros((5, args.num_steps, args.num_envs), np.float32)
+    scalars = np.zeros((5, args.num_steps, len(state.obs)), np.float32)
     reward, terminated, truncated, episode_return, episode_length = scalars
     current = state.obs
     for t in range(args.num_steps):
         obs[t] = current
-        action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
+        action[t] = state.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
         current, reward[t], terminated[t], truncated[t], info = envs.step(action[t])
         next_obs[t] = current
         if "final_obs" in info:  # where an episode ended, `current` is a reset observation already
@@ -428,18 +442,25 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
 
+def gather(part: Any) -> list:
+    """What every process has for `part`, in every process: [size]."""
+    parts = [part] * processes()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
+    return parts
+
+
 # ======================================================= Update =======================================================
 
 
 def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch (Schulman et al. 2017, eq. 9, negated), and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
-    adv = standardize(mb.adv) if args.norm_adv else mb.adv
-    value = agent.value(mb.obs)
-    pg_loss = policy_loss(logp, mb.logp_old, adv, args.clip_coef)
-    v_loss = value_loss(value, mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
-    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
+    pg_loss = policy_loss(logp, mb.logp_old, mb.adv, args.clip_coef)
+    v_loss = value_loss(agent.value(mb.obs), mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
+    entropy = entropy.mean()
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     with torch.no_grad():
         metrics["approx_kl"] = approx_kl(logp, mb.logp_old)
         metrics["clipfrac"] = ((logp - mb.logp_old).expm1().abs() > args.clip_coef).float().mean()
@@ -451,9 +472,19 @@ def learning_rate(step: int, args: Args) -> float:
     return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
+def average_gradients(params: list[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes, in one message."""
+    grads, size = [p.grad for p in params], processes()[1]
+    if size > 1:
+        flat = nn.utils.parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / size, grads)
+
+
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
     """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
     agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
+    rank, size = processes()
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     with torch.no_grad():
         reward = batch.reward
@@ -471,16 +502,21 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     history = []
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, device=state.device)
-        for mb in zip(*(x[order].split(args.minibatch_size) for x in data), strict=True):
-            loss, metrics = loss_fn(agent, Minibatch(*mb), args)
+        if size > 1:
+            dist.broadcast(order, 0)
+        for mb in map(Minibatch._make, zip(*(x[order].split(args.minibatch_size) for x in data), strict=True)):
+            mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
+            mb = Minibatch(*(x[rank::size] for x in mb)) if size > 1 else mb
             optimizer.zero_grad()
+            loss, metrics = state.loss_fn(agent, mb, args)
             loss.backward()
+            average_gradients(params)
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
             optimizer.step()
-            history.append({name: x.detach() for name, x in metrics.items()})
+            history.append({name: x.detach().clone() for name, x in metrics.items()})  # CUDA graphs reuse their outputs
         if args.target_kl is not None:
             kl = torch.stack([m["approx_kl"] for m in history[-args.num_minibatches :]]).mean()
-            if kl > args.target_kl:
+            if np.mean(gather(kl.item())) > args.target_kl:
                 break
     if args.norm_obs:  # not before: the policy that learns must be the one that played
         agent.obs_stats.update(batch.obs)
@@ -595,19 +631,27 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def compiled(function: Callable, args: Args) -> Callable:
+    """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    options = {"fallback_random": True, "triton.cudagraphs": args.cuda}
+    return torch.compile(function, options=options) if args.compile else function
+
+
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    episodes = []
+    episodes, stopped, (rank, _) = [], 0, processes()
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
-        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
+        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, disable=rank > 0) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
-        while state.step < args.last_step and not stop.number:
+        while state.step < args.last_step and not stopped:
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
+            parts = zip(*gather(batch), strict=True)  # from here on every process has the same batch
+            batch = Batch(*(np.concatenate(xs, 1) if xs[0].ndim > 1 else xs[0] for xs in parts))
             state, metrics = update(state, batch, args)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
@@ -634,11 +678,25 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             full = len(state.recent_returns) == args.return_window
             if args.target_return is not None and full and mean_return >= args.target_return:
                 break
+            stopped = max(gather(stop.number))
         save(state, args, run_dir)
-    if stop.number:
+    if stopped:
         print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(128 + stop.number)
+        raise SystemExit(128 + stopped)
     return episodes
+
+
+def pick_device(args: Args) -> torch.device:
+    """The GPU or the CPU. Under torchrun each process has its own, and they are connected."""
+    found = torch.cuda.is_available()
+    if args.cuda and not found:
+        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda and found else torch.device("cpu")
+    if processes()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)  # NCCL on GPUs, Gloo on CPUs
+    return device
 
 
 def train(args: Args) -> Result:
@@ -648,36 +706,40 @@ def train(args: Args) -> Result:
     gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
-    if args.cuda and not torch.cuda.is_available():
-        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
+    device, (rank, size) = pick_device(args), processes()
     torch.manual_seed(args.seed)
-    with closing(make_envs(args)) as envs:
+    quiet = redirect_stdout(None if rank else sys.stdout)  # rank 0 alone speaks, and its files alone are kept
+    with quiet, tempfile.TemporaryDirectory() as scratch, closing(make_envs(args)) as envs:
         agent = Agent(envs, args).to(device)
         state = State(
             agent=agent,
+            act=compiled(agent.act, args) if device.type == "cuda" else agent.act,  # on a CPU it would be slower
+            loss_fn=compiled(loss_fn, args),
             optimizer=torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True),
             device=device,
             recent_returns=deque(maxlen=args.return_window),
             obs=np.zeros(envs.observation_space.shape),
             running_return=torch.zeros(args.num_envs, device=device),
         )
-        run_dir = load(state, args) if args.resume else make_run_dir(args)
+        run_dir = load(state, args) if args.resume else None
+        if rank:
+            run_dir = Path(scratch)
+            torch.manual_seed(env_seeds(args.seed, state.step, size, stream=2)[rank])  # other actions than rank 0
+        run_dir = run_dir or make_run_dir(args)
         episodes = []
         if state.step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            state.obs, _ = envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+            seeds = env_seeds(args.seed, state.step, args.num_envs)
+            state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
             episodes = learn(state, envs, args, run_dir)
 
-    eval_returns = np.zeros(0)
-    if args.eval_episodes:
-        eval_returns = evaluate(state, args, run_dir)
-        print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
-    print(run_dir)
+        eval_returns = np.zeros(0)
+        if args.eval_episodes and not rank:
+            eval_returns = evaluate(state, args, run_dir)
+            print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
+        print(run_dir)
     return Result(
         agent=agent,
         episode_returns=np.array([x for x, _ in episodes]),

@@ -80,6 +80,7 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    compile: bool = False  # torch.compile the policy and the loss: many seconds to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -259,6 +260,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
+    act: Callable  # agent.act, and loss_fn, as they are or compiled
+    loss_fn: Callable
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -316,7 +319,7 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     alive = np.ones(args.num_envs)
     for t in range(num_steps):
         obs[t] = current
-        action[t] = state.agent.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
+        action[t] = state.act(torch.from_numpy(obs[t]).to(state.device)).cpu().numpy()
         current, reward[t], terminated, truncated, info = envs.step(action[t])
         done[t], mask[t] = alive * (terminated | truncated), alive
         if "final_obs" in info:
@@ -355,8 +358,8 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     ret = standardize(ret, batch.mask) if args.norm_return else ret
 
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
-    loss, metrics = loss_fn(agent, batch, ret, args)
     optimizer.zero_grad()
+    loss, metrics = state.loss_fn(agent, batch, ret, args)
     loss.backward()
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
     optimizer.step()
@@ -469,6 +472,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def compiled(function: Callable, args: Args) -> Callable:
+    """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    options = {"fallback_random": True, "triton.cudagraphs": args.cuda}
+    return torch.compile(function, options=options) if args.compile else function
+
+
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes = []
@@ -515,6 +524,16 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
     return episodes
 
 
+def pick_device(args: Args) -> torch.device:
+    """The GPU or the CPU."""
+    found = torch.cuda.is_available()
+    if args.cuda and not found:
+        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
+    return torch.device("cuda" if args.cuda and found else "cpu")
+
+
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
@@ -522,16 +541,14 @@ def train(args: Args) -> Result:
     gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
-    if args.cuda and not torch.cuda.is_available():
-        print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
+    device = pick_device(args)
     torch.manual_seed(args.seed)
     with closing(make_envs(args)) as envs:
         agent = Agent(envs, args).to(device)
         state = State(
             agent=agent,
+            act=compiled(agent.act, args) if device.type == "cuda" else agent.act,  # on a CPU it would be slower
+            loss_fn=compiled(loss_fn, args),
             optimizer=torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True),
             device=device,
             recent_returns=deque(maxlen=args.return_window),

@@ -38,7 +38,8 @@ class Run:
         if script is not reinforce:
             seeds = script.env_seeds(self.args.seed, 0, self.args.num_envs)
             extra = {"obs": self.envs.reset(seed=seeds)[0], "running_return": torch.zeros(self.args.num_envs)}
-        self.state = script.State(agent, optimizer, torch.device("cpu"), deque(maxlen=100), **extra)
+        device, recent_returns = torch.device("cpu"), deque(maxlen=100)
+        self.state = script.State(agent, agent.act, script.loss_fn, optimizer, device, recent_returns, **extra)
         self.agent = agent
 
     def rollout(self):
@@ -192,7 +193,7 @@ def test_vectorised_returns_are_those_of_single_environments(script, monkeypatch
     loop over gymnasium.make: the same returns and lengths, in the same order."""
     run = Run(script, num_envs=4, **({} if script is reinforce else {"num_steps": 100}))
     act = run.agent.act
-    monkeypatch.setattr(run.agent, "act", lambda obs: act(obs, greedy=True))
+    monkeypatch.setattr(run.state, "act", lambda obs: act(obs, greedy=True))
     seeds = script.env_seeds(run.args.seed, 0, 4)
     batch = run.rollout()
     for n, seed in enumerate(seeds):
@@ -478,7 +479,7 @@ def test_first_ratio_is_one(env_id, norm_obs, spy):
 def test_minibatches(script, spy):
     """Each step of the batch once per epoch, in a new random order, and what belongs to a step stays with it."""
     calls = spy(script, "loss_fn")
-    run = Run(script, TOY + "EchoDiscrete-v0", gamma=0.0, update_epochs=3, num_minibatches=4)
+    run = Run(script, TOY + "EchoDiscrete-v0", gamma=0.0, update_epochs=3, num_minibatches=4, norm_adv=False)
     before = copy.deepcopy(run.agent)
     ids = np.arange(48, dtype=np.float32).reshape(16, 3)
     batch = run.rollout()
