@@ -128,6 +128,7 @@ def curves(
         axis.set(xlabel=NAMES[x], ylabel=what)
         axis.legend(title="script (seeds)")
     figure.savefig(out, dpi=150)
+    plt.close(figure)
 
 
 def moving_average(sources: Sources, out: Path, window: int = 10, results: Path = HERE / "results"):
@@ -151,6 +152,7 @@ def moving_average(sources: Sources, out: Path, window: int = 10, results: Path 
         axis.plot(episode, mean)
         axis.set(xlabel="episode", ylabel=f"return, mean of {window}, ± 1 standard deviation")
     figure.savefig(out, dpi=150)
+    plt.close(figure)
 
 
 def distance(sources: Sources, out: Path, grid_size: int = 10, results: Path = HERE / "results"):
@@ -172,8 +174,14 @@ def distance(sources: Sources, out: Path, grid_size: int = 10, results: Path = H
         axis.set(xlabel="step", ylabel="distance to the target, cells", ylim=(-0.5, grid_size))
         axis.text(0.95, 0.92, f"success {(cells[:, -1] == 0).mean():.0%}", ha="right", transform=axis.transAxes)
     figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Draw what the command line says."""
+    figures = {"curves": curves, "moving-average": moving_average, "distance": distance}
+    tyro.extras.subcommand_cli_from_dict(figures, args=args)
 
 
 if __name__ == "__main__":
-    commands = {"curves": curves, "moving-average": moving_average, "distance": distance}
-    tyro.extras.subcommand_cli_from_dict(commands)
+    main()
