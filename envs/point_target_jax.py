@@ -1,6 +1,7 @@
 """PointTarget-v0 for gymnax, to be stepped inside the compiled program: point_target.py tells what it is.
 
-What gymnax asks for: a state and parameters that are pytrees, pure functions of them, and flags without side effects.
+What gymnax asks for: a state and parameters that are pytrees, and pure functions of them. In a JAX script the id
+envs.point_target:PointTarget-v0 is enough; where point_target was imported before JAX, import this module as well.
 """
 
 import gymnax
