@@ -1,0 +1,97 @@
+"""Write RESULTS.md: what every finished experiment of experiments.toml came to.
+
+    python benchmarks/table.py
+
+Means over seeds with 95 % bootstrap intervals.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy.stats import bootstrap
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.run import HERE, Experiment, experiments, read
+
+HEADER = """# Results
+
+Written by `python benchmarks/table.py` from `benchmarks/results/`, which `python benchmarks/run.py` fills from
+`benchmarks/experiments.toml`. Means over all seeds that were run, 100, 101, ..., in brackets the 95 % bootstrap
+interval of that mean. *Training* is the mean return of the last 100 training episodes, *evaluation* that of fresh
+episodes with the trained agent. Times are those of a whole process: one seed, or all of a command with `--num-seeds`.
+
+Made with """
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean; nothing is known from a single value."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    return tuple(bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval)
+
+
+def column(rows: list[dict[str, str]], name: str) -> np.ndarray:
+    """The numbers in the rows that have one."""
+    return np.array([float(row[name]) for row in rows if row[name]])
+
+
+def with_interval(values: np.ndarray, scale: float = 1, digits: int = 1) -> str:
+    """The mean and its interval, for a cell."""
+    low, high = interval(values)
+    bracket = "" if np.isnan(low) else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    return f"{scale * values.mean():.{digits}f}{bracket}" if len(values) else ""
+
+
+def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
+    """What only some experiments are asked."""
+    found, success, reached = [], column(rows, "success"), column(rows, "reached")
+    if len(success):
+        found += [f"last reward {with_interval(column(rows, 'last_reward'), digits=3)}"]
+        found += [f"success {with_interval(success, 100)} %, worst seed {100 * success.min():.0f} %"]
+    if e.threshold is not None:
+        at = f", at step {np.median(reached):,.0f} (median)" if len(reached) else ""
+        found += [f"{len(reached)} of {len(rows)} reached {e.threshold:g}{at}"]
+    if e.collapse is not None and len(reached):
+        lowest = column(rows, "lowest_after")
+        fell = (lowest < e.collapse).sum()
+        found += [f"{fell} fell below {e.collapse:g} after that, the lowest to {lowest.min():.0f}"]
+    if e.pass_mark is not None:
+        margins = column(rows, "eval_mean") - column(rows, "eval_std")
+        passed = f"{(margins >= e.pass_mark).sum()} of {len(rows)}"
+        found += [f"mean - std >= {e.pass_mark:g} on {passed}, lowest {margins.min():.1f}"]
+    if "--target-return" in e.flags:
+        found += ["episodes until it stopped: " + ", ".join(row["episodes"] for row in rows)]
+    return "; ".join(found)
+
+
+def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
+    """One table of experiments.toml: what it shows, a row per script, and the commands."""
+    e = group[0][0]
+    lines = [f"## {e.table}\n", f"{e.shows} Settings: {e.why}\n"]
+    lines += ["| script | seeds | training | evaluation | | minutes |", "|---|---|---|---|---|---|"]
+    for e, rows in group:
+        minutes = column(rows, "seconds").mean() / 60
+        cells = [f"`{e.script}.py`", len(rows), with_interval(column(rows, "return"))]
+        cells += [with_interval(column(rows, "eval_mean")), notes(e, rows), f"{minutes:.1f}"]
+        lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    commands = [rows[0]["command"] for _, rows in group]
+    return "\n".join([*lines, "\n```", *commands, "```\n"])
+
+
+def main(table: Path = HERE / "experiments.toml", results: Path = HERE / "results", out: Path = HERE / "RESULTS.md"):
+    """Write `out` from the experiments of `table` that have results."""
+    groups = {}
+    for e in experiments(table):
+        rows = [r for r in read(results / f"{e.name}.csv") if r["command"] == e.command(int(r["seed"]))]
+        if rows:
+            groups.setdefault(e.table, []).append((e, rows))
+    made_with = json.loads((results / "machine.json").read_text())
+    header = HEADER + ", ".join(f"{name} {value}" for name, value in made_with.items()) + ".\n"
+    out.write_text("\n".join([header, *map(section, groups.values())]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
