@@ -1,0 +1,345 @@
+"""How fast the scripts are, beside the code that people use today.
+
+    pip install -e '.[bench]'
+    python benchmarks/speed.py --cleanrl PATH --purejaxrl PATH      # everything, about an hour on two cores
+    python benchmarks/speed.py CleanRL scaling/ppo --cleanrl PATH   # what has one of these words in its name
+
+Every measurement is a process of its own, pinned to one core unless the row says two; of a pair the programs take
+turns, A B A B. Steps per second are those after the first third of a run, so neither start nor compilation counts;
+"start" is the time from the start of the process to the end of its first update. CleanRL and PureJaxRL are read from
+checkouts that are named on the command line; without them their rows stay as they were.
+
+Writes results/speed.csv, results/scaling.csv, SPEED.md and speed.png beside this file.
+"""
+
+import builtins
+import csv
+import json
+import os
+import platform
+import re
+import resource
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+# CleanRL's hyper-parameters, the defaults of its ppo.py, as our flags, stable-baselines3's and PureJaxRL's
+CLEANRL = {"num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4}
+CLEANRL |= {"gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.01, "clip_vloss": True, "eval_episodes": 0}
+CLEANRL_IN_SB3 = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
+PUREJAXRL = {
+    "NUM_STEPS": 128,
+    "UPDATE_EPOCHS": 4,
+    "NUM_MINIBATCHES": 4,
+    "LR": 2.5e-4,
+    "GAMMA": 0.99,
+    "GAE_LAMBDA": 0.95,
+}
+PUREJAXRL |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.01, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "ACTIVATION": "tanh"}
+PUREJAXRL |= {"ENV_NAME": "CartPole-v1", "ANNEAL_LR": True, "DEBUG": False}
+
+# rl-zoo's settings of PPO for CartPole-v1
+ZOO = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "ent_coef": 0.0}
+ZOO |= {"learning_rate": "linear 0.001", "clip_range": "linear 0.2"}
+
+Marks = list[tuple[float, int]]  # (time, environment steps done)
+
+# ====================================================== Programs ======================================================
+# Each trains in this process and returns its marks, the first one at the end of the first update.
+
+
+def ours(script: str, **flags) -> Marks:
+    """One of the six scripts, as its users run it: with progress bar and log."""
+    module, marks = __import__(script), []
+
+    class Recorder(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            marks.append((time.time(), self.n * flags.get("num_seeds", 1)))
+
+    module.tqdm = Recorder
+    module.train(module.Args(**flags))
+    return marks
+
+
+def cleanrl(path: str, steps: int) -> Marks:
+    """CleanRL's ppo.py, which prints a line at the end of each update."""
+    marks, show = [], builtins.print
+
+    def record(*args, **kwargs):
+        if args[0] == "SPS:":
+            marks.append((time.time(), 512 * (len(marks) + 1)))
+        else:
+            show(*args, **kwargs, file=sys.stderr)
+
+    builtins.print = record
+    sys.argv = ["ppo.py", "--total-timesteps", str(steps), "--no-cuda"]
+    runpy.run_path(str(Path(path, "cleanrl/ppo.py")), run_name="__main__")
+    builtins.print = show
+    return marks
+
+
+def sb3(library: str, algorithm: str, steps: int, num_envs: int, target: float | None = None, **settings) -> Marks:
+    """stable-baselines3, or sbx, which has its interface."""
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.utils import LinearSchedule
+
+    marks = []
+
+    class Recorder(BaseCallback):
+        def _on_rollout_start(self):
+            marks.append((time.time(), self.num_timesteps))
+
+        def _on_step(self):
+            episodes = [episode["r"] for episode in self.model.ep_info_buffer]
+            return target is None or len(episodes) < 100 or np.mean(episodes) < target
+
+    for name in ("learning_rate", "clip_range"):  # "linear 0.001": down to 0
+        if isinstance(settings.get(name), str):
+            settings[name] = LinearSchedule(float(settings[name].split()[1]), 0, 1)
+    envs = make_vec_env("CartPole-v1", num_envs, seed=settings.get("seed"))
+    device = {"device": "cpu"} if library == "stable_baselines3" else {}
+    getattr(__import__(library), algorithm)("MlpPolicy", envs, **device, **settings).learn(steps, callback=Recorder())
+    return [*marks[1:], (time.time(), marks[-1][1])] if target else marks[1:]
+
+
+def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks:
+    """PureJaxRL's ppo.py. One program from the first to the last step: run once to compile and once to measure. What it
+    asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax."""
+    import gymnax.wrappers
+    import jax
+
+    class LogWrapper(gymnax.wrappers.LogWrapper):
+        def step(self, *args):
+            obs, state, reward, terminated, truncated, info = super().step(*args)
+            names = ("returned_episode_returns", "returned_episode_lengths", "timestep", "returned_episode")
+            return obs, state, reward, terminated | truncated, {name: info[name] for name in names}
+
+    flatten = gymnax.wrappers.FlattenObservationWrapper
+    wrappers = types.SimpleNamespace(LogWrapper=LogWrapper, FlattenObservationWrapper=flatten)
+    sys.modules["wrappers"] = wrappers
+    module = runpy.run_path(str(Path(path, "purejaxrl/ppo.py")))
+    train = module["make_train"](PUREJAXRL | {"NUM_ENVS": num_envs, "TOTAL_TIMESTEPS": steps})
+    keys = jax.random.split(jax.random.PRNGKey(30), num_seeds)
+    train, keys = (jax.jit(jax.vmap(train)), keys) if num_seeds > 1 else (jax.jit(train), keys[0])
+    program = train.lower(keys).compile()
+    marks = [(time.time(), 0)]
+    jax.block_until_ready(program(keys))
+    return [*marks, (time.time(), steps * num_seeds)]
+
+
+# ===================================================== Measuring ======================================================
+
+
+def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
+    """Run a program in a fresh process. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
+    command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings])]
+    env = os.environ | {"TQDM_MININTERVAL": "0.5"} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    marks, memory = json.loads(done.stdout.splitlines()[-1])
+    times, steps = np.array(marks).T
+    warm = len(marks) // 3 if len(marks) > 2 else 0
+    speed = (steps[-1] - steps[warm]) / (times[-1] - times[warm])
+    return {"start": times[0] - start, "total": times[-1] - start, "speed": speed, "memory": memory, "steps": steps[-1]}
+
+
+def worker(name: str, cores: int, settings: dict) -> None:
+    """In the process that `measure` starts."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    marks = globals()[name](**settings)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print("\n" + json.dumps([marks, memory]))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two programs, and the quantity whose ratio counts."""
+
+    ours: tuple[Callable, dict]
+    peer: tuple[Callable, dict]
+    cores: int = 1
+    quantity: str = "speed"
+
+
+def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pair]:
+    """Every comparison by its name."""
+    ppo = {"script": "ppo", "total_timesteps": 150_000, **CLEANRL}
+    ppo_jax = {"script": "ppo_jax", "total_timesteps": 1_000_000, **CLEANRL}
+    host = ppo_jax | {"env_backend": "gymnasium", "total_timesteps": 200_000}
+    stable = {"library": "stable_baselines3", "algorithm": "PPO", "steps": 60_000, "num_envs": 4, **CLEANRL_IN_SB3}
+    zoo = stable | ZOO | {"num_envs": 8, "steps": 200_000, "target": 475}
+    a2c = {"library": "stable_baselines3", "algorithm": "A2C", "steps": 60_000, "num_envs": 8, "n_steps": 64}
+    vpg = {"script": "vpg_advantage", "total_timesteps": 200_000, "eval_episodes": 0, "save_every": 0}
+    solve = {"target_return": 475, "eval_episodes": 0}
+    found = {
+        "ppo.py / stable-baselines3": Pair((ours, ppo), (sb3, stable)),
+        "ppo.py --compile / stable-baselines3": Pair((ours, ppo | {"compile": True}), (sb3, stable)),
+        "vpg_advantage.py / stable-baselines3 A2C": Pair((ours, vpg), (sb3, a2c)),
+        "ppo_jax.py --env-backend gymnasium / sbx": Pair((ours, host), (sb3, stable | {"library": "sbx"})),
+        "time to solve: ppo.py / stable-baselines3": Pair((ours, {"script": "ppo"} | solve), (sb3, zoo), 1, "total"),
+        "time to solve: ppo_jax.py / stable-baselines3": Pair(
+            (ours, {"script": "ppo_jax"} | solve), (sb3, zoo), 2, "total"
+        ),
+    }
+    for env_id in ("LunarLander-v3", "HalfCheetah-v5"):
+        sync = {"script": "ppo", "env_id": env_id, "num_envs": 16, "num_steps": 128, "num_minibatches": 16}
+        sync |= {"update_epochs": 1, "total_timesteps": 80_000, "eval_episodes": 0}
+        name = f"16 {env_id}: --async-envs / without"
+        found[name] = Pair((ours, sync | {"async_envs": True}), (ours, sync), 2)
+    if cleanrl_path:
+        peer = (cleanrl, {"path": cleanrl_path, "steps": 100_000})
+        found["ppo.py / CleanRL"] = Pair((ours, ppo), peer)
+        found["ppo.py --compile / CleanRL"] = Pair((ours, ppo | {"compile": True}), peer)
+    for num_envs, num_seeds, steps in ((4, 1, 1_000_000), (64, 1, 4_000_000), (2048, 1, 10_000_000), (4, 8, 500_000)):
+        size = {"num_envs": num_envs, "num_seeds": num_seeds}
+        if purejaxrl_path:
+            name = f"ppo_jax.py / PureJaxRL, {num_envs} environments" + f", {num_seeds} seeds" * (num_seeds > 1)
+            peer = (purejaxrl, {"path": purejaxrl_path, "steps": steps, **size})
+            found[name] = Pair((ours, ppo_jax | size | {"total_timesteps": steps}), peer, 2)
+    return found
+
+
+def compare(name: str, pair: Pair, repeats: int) -> dict:
+    """A row of speed.csv. The repeats have seeds of their own, which matters to a time until something is learned."""
+    results = {"ours": [], "peer": []}
+    for i in tqdm(range(repeats), name, leave=False):
+        for who, (program, settings) in (("ours", pair.ours), ("peer", pair.peer)):
+            seeded = {"seed": 100 + i} if pair.quantity == "total" else {}
+            results[who].append(measure(program, pair.cores, **settings, **seeded))
+    values = {who: np.array([result[pair.quantity] for result in of_who]) for who, of_who in results.items()}
+    ratios = values["ours"] / values["peer"]
+    row = {"comparison": name, "quantity": pair.quantity, "cores": pair.cores, "repeats": repeats}
+    for who, of_who in results.items():
+        row[who] = f"{np.median(values[who]):.4g}"
+        row[f"{who}_start"] = f"{np.median([result['start'] for result in of_who]):.3g}"
+    return row | {
+        "ratio": f"{np.median(ratios):.3g}",
+        "lowest": f"{ratios.min():.3g}",
+        "highest": f"{ratios.max():.3g}",
+    }
+
+
+def scale(script: str, num_envs: int) -> dict:
+    """A row of scaling.csv: default flags but for the environments, and batches of at most 2^19 steps."""
+    num_steps = {} if script.startswith("reinforce") else {"num_steps": 128}
+    total = 30 * 128 * num_envs if num_steps else 20 * 500 * num_envs
+    flags = {"num_envs": num_envs, "total_timesteps": total, "eval_episodes": 0, "save_every": 0, **num_steps}
+    result = measure(ours, 2, script=script, **flags)
+    return {
+        "script": script,
+        "num_envs": num_envs,
+        "speed": f"{result['speed']:.4g}",
+        "memory": f"{result['memory']:.4g}",
+    }
+
+
+# ======================================================= Report =======================================================
+
+
+def merge(path: Path, rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """Put rows into a CSV file, in place of those with the same keys. Returns all."""
+    with path.open(newline="") if path.exists() else nullcontext(()) as file:
+        table = {tuple(str(row[key]) for key in keys): row for row in (*csv.DictReader(file), *rows)}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, next(iter(table.values()), ()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+    return list(table.values())
+
+
+def report(speeds: list[dict], scaling: list[dict]) -> None:
+    """SPEED.md and speed.png."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    cpu = names[0] if names else platform.machine()
+    libraries = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", "sbx-rl")
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    lines = [
+        f"Measured by `speed.py` on {os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, {versions}.",
+        "",
+    ]
+    lines += ["| comparison | cores | ours | other | ratio, median [lowest, highest] | pairs | start of ours, other |"]
+    lines += ["|---" * 7 + "|"]
+    for row in speeds:
+        unit = "s" if row["quantity"] == "total" else "steps/s"
+        a, b = (f"{float(row[who]):,.0f} {unit}" if unit != "s" else f"{row[who]} s" for who in ("ours", "peer"))
+        ratio = f"{row['ratio']} [{row['lowest']}, {row['highest']}]"
+        cells = [
+            row["comparison"],
+            row["cores"],
+            a,
+            b,
+            ratio,
+            row["repeats"],
+            f"{row['ours_start']} s, {row['peer_start']} s",
+        ]
+        lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    (HERE / "SPEED.md").write_text("\n".join(lines) + "\n")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, quantity, label in zip(axes, ("speed", "memory"), ("steps per second", "peak memory, MB"), strict=True):
+        for script in dict.fromkeys(row["script"] for row in scaling):
+            of_script = sorted(
+                (int(row["num_envs"]), float(row[quantity])) for row in scaling if row["script"] == script
+            )
+            ax.loglog(*zip(*of_script, strict=True), marker="o", label=f"{script}.py")
+        ax.set(xlabel="environments", ylabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(HERE / "speed.png", dpi=120)
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure, and write the tables and the figure."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # only what has one of these words in its name
+    cleanrl: str | None = None  # checkout of vwxyzjn/cleanrl
+    purejaxrl: str | None = None  # checkout of luchris429/purejaxrl
+    repeats: int = 5  # pairs; of the times to solve twice as many
+    scaling: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)  # numbers of environments
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    results = HERE / "results"
+    speeds = merge(results / "speed.csv", [], ("comparison",))
+    scaling = merge(results / "scaling.csv", [], ("script", "num_envs"))
+    for name, pair in pairs(args.cleanrl, args.purejaxrl).items():
+        if not args.words or any(word in name for word in args.words):
+            row = compare(name, pair, args.repeats * (2 if pair.quantity == "total" else 1))
+            print(row, flush=True)
+            speeds = merge(results / "speed.csv", [row], ("comparison",))
+    for script in ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax"):
+        if not args.words or f"scaling/{script}" in args.words:
+            rows = [scale(script, num_envs) for num_envs in tqdm(args.scaling, script)]
+            scaling = merge(results / "scaling.csv", rows, ("script", "num_envs"))
+    report(speeds, scaling)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*json.loads(sys.argv[2]))
+    else:
+        main()
