@@ -56,7 +56,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -621,9 +621,9 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, variables["stats"], mb, agent, args)
         metrics["grad_norm"] = optax.tree.norm(grads)
         direction, new_opt_state = make_optimizer(args).update(grads, opt_state)
-        new_params = jax.tree.map(lambda p, d: p - lr * d, params, direction)
+        old, new = (params, opt_state), (jax.tree.map(lambda p, d: p - lr * d, params, direction), new_opt_state)
         # What lies after the epoch that ends the update is computed, for fixed shapes, and thrown away.
-        params, opt_state = jax.tree.map(partial(jnp.where, active), (new_params, new_opt_state), (params, opt_state))
+        params, opt_state = new if args.target_kl is None else jax.tree.map(partial(jnp.where, active), new, old)
         kl += metrics["approx_kl"] / args.num_minibatches
         epoch_ends = (i + 1) % args.num_minibatches == 0
         still_active = active & ~(epoch_ends & (kl > target_kl))
@@ -680,7 +680,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
             raise ValueError
         for returns, saved_returns in zip(recent_returns, meta["recent_returns"], strict=True):
             returns.extend(saved_returns)
-        return jax.tree.map(jnp.asarray, loaded), path.parent
+        return jax.device_put(loaded, jax.tree.map(lambda x: x.sharding, state)), path.parent
     except Exception as error:
         raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
 
@@ -775,15 +775,20 @@ def first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def over_seeds(function: Callable, args: Args) -> Callable:
-    """`function`, of one agent's arrays, for arrays with an axis of agents in front. One agent alone runs without that
-    axis inside, which is faster."""
+def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
+    """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
+    One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
-        return jax.vmap(function)
+        spec, mesh = jax.P("agents"), jax.sharding.Mesh(devices, "agents")
+        function = jax.vmap(function)
+        # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
+        return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
-def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
+def make_train_step(
+    agent: Agent, envs: Envs, args: Args, devices: list[jax.Device]
+) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
     """A rollout and its update, with what to log: one compiled function where gymnax has the environment."""
 
     def train_step(state):
@@ -792,7 +797,7 @@ def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], t
         return state, batch._replace(obs=None, action=None, reward=None, next_obs=None), metrics
 
     if isinstance(envs, GymnaxEnvs):
-        return jax.jit(over_seeds(train_step, args), donate_argnums=0)
+        return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
     act = jax.jit(partial(agent.apply, method="act"))
     jitted_first = jax.jit(first)
     jitted_update = jax.jit(lambda *played: jax.tree.map(lambda x: x[None], update(*played, agent, args)))
@@ -805,6 +810,14 @@ def make_train_step(agent: Agent, envs: Envs, args: Args) -> Callable[[State], t
     return train_step_on_host
 
 
+def log(writer: Any, scalars: list[tuple[str, float]], step: int) -> None:
+    """Write tags and values as one event: by `add_scalar`, one event each, logging would cost as much as learning."""
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
+    writer.file_writer.add_summary(Summary(value=values), int(step))
+
+
 def learn(
     state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
 ) -> tuple[State, list[list[tuple[float, int]]]]:
@@ -812,7 +825,7 @@ def learn(
     from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
 
     episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
-    step = first_step = int(state.step.min())
+    step = first_step = int(np.min(state.step))
     start = time.perf_counter()
     with (
         StopSignal() as stop,
@@ -823,31 +836,32 @@ def learn(
         while step < args.last_step and not stop.number:
             lr = learning_rate(step, args)
             state, batch, metrics = train_step(state)
-            batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration.max()))
-            step = int(batch.step[:, -1].min())
+            batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration))
+            step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
                 path = run_dir / "checkpoint.msgpack"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite; {saved}")
 
-            for s, t, n in np.argwhere(batch.done):
-                recent_returns[s].append(float(batch.episode_return[s, t, n]))
-                episodes[s].append((recent_returns[s][-1], int(batch.step[s, t])))
+            for s, t in np.argwhere(batch.done.any(-1)):
+                ended = batch.done[s, t] > 0
+                returns, lengths = (x[s, t, ended].tolist() for x in (batch.episode_return, batch.episode_length))
+                recent_returns[s].extend(returns)
+                episodes[s].extend((x, int(batch.step[s, t])) for x in returns)
                 if args.num_seeds == 1:
-                    writer.add_scalar("charts/episodic_return", batch.episode_return[s, t, n], batch.step[s, t])
-                    writer.add_scalar("charts/episodic_length", batch.episode_length[s, t, n], batch.step[s, t])
-            for name, value in metrics.items():
-                writer.add_scalar(f"losses/{name}", value.mean(), step)
-            writer.add_scalar("charts/learning_rate", lr, step)
-            writer.add_scalar("charts/SPS", args.num_seeds * (step - first_step) / (time.perf_counter() - start), step)
+                    scalars = [("charts/episodic_return", x) for x in returns]
+                    log(writer, scalars + [("charts/episodic_length", x) for x in lengths], batch.step[s, t])
+            scalars = [(f"losses/{name}", value.mean()) for name, value in metrics.items()]
+            sps = args.num_seeds * (step - first_step) / (time.perf_counter() - start)
+            scalars += [("charts/learning_rate", lr), ("charts/SPS", sps)]
             mean_returns = np.array([sum(returns) / max(len(returns), 1) for returns in recent_returns])
             shown = f"return {mean_returns.mean():.1f}"
             if args.num_seeds > 1:
                 interval = 1.96 * mean_returns.std(ddof=1) / math.sqrt(args.num_seeds)
                 shown += f" ± {interval:.1f} over {args.num_seeds} seeds"
-                writer.add_scalar("charts/episodic_return", mean_returns.mean(), step)
-                writer.add_scalar("charts/episodic_return_95", interval, step)
+                scalars += [("charts/episodic_return", mean_returns.mean()), ("charts/episodic_return_95", interval)]
+            log(writer, scalars, step)
             bar.set_postfix_str(shown, refresh=False)
             bar.update(min(step, args.last_step) - bar.n)
 
@@ -859,7 +873,7 @@ def learn(
                 break
         if args.num_seeds > 1:
             for s, mean_return in enumerate(mean_returns):
-                writer.add_scalar("charts/final_return_of_seed", mean_return, args.seed + s)
+                log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
     if stop.number:
         print(f"stopped at step {step}, go on with --resume {run_dir}", file=sys.stderr)
@@ -867,18 +881,29 @@ def learn(
     return state, episodes
 
 
-def pick_device(cuda: bool) -> jax.Device:
-    """The first GPU, or the CPU. JAX starts its backends once, at the first array: the first call in a process decides
-    whether there are GPUs."""
+def even_share(num_seeds: int, num_devices: int) -> int:
+    """The largest number of devices, of those there are, that divides the seeds."""
+    return max(n for n in range(1, num_devices + 1) if num_seeds % n == 0)
+
+
+def pick_devices(args: Args) -> list[jax.Device]:
+    """As many GPUs, or cores of the CPU as devices of their own, as can share --num-seeds evenly. JAX starts its
+    backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
-    os.environ.setdefault("NPROC", str(max(3, os.cpu_count() or 1)))  # XLA's threads: on two, 128 agents hang
-    if not cuda:
+    cores = os.cpu_count() or 1
+    parts, platform = even_share(args.num_seeds, cores), "cuda" if args.cuda else "cpu"
+    # XLA's threads, which wait for each other: 128 agents hang on two, and shared by two devices on three
+    os.environ.setdefault("NPROC", str(8 * parts if parts > 1 else max(3, cores)))
+    if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
+        with suppress(RuntimeError):  # started already
+            jax.config.update("jax_num_cpu_devices", parts)
     try:
-        return jax.devices("cuda" if cuda else "cpu")[0]
+        devices = jax.devices(platform)
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
-        return jax.devices("cpu")[0]
+        devices = jax.devices("cpu")
+    return devices[: even_share(args.num_seeds, len(devices))]
 
 
 def train(args: Args) -> Result:
@@ -888,16 +913,18 @@ def train(args: Args) -> Result:
     gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
-    with jax.default_device(pick_device(args.cuda)), closing(make_envs(args)) as envs:
+    devices = pick_devices(args)
+    with jax.default_device(devices[0]), closing(make_envs(args)) as envs:
         agent = make_agent(envs, args)
         seeds = jnp.arange(args.num_seeds, dtype=jnp.uint32) + np.uint32(args.seed)
-        state = jax.jit(over_seeds(partial(init_state, agent=agent, envs=envs, args=args), args))(seeds)
+        init = partial(init_state, agent=agent, envs=envs, args=args)
+        state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
         if args.resume:
             state, run_dir = load(state, recent_returns, args)
         else:
             run_dir = make_run_dir(args)
-        step, episodes = int(state.step.min()), [[] for _ in seeds]
+        step, episodes = int(np.min(state.step)), [[] for _ in seeds]
         if step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {step} already")
             args = replace(args, eval_episodes=0)
@@ -906,7 +933,7 @@ def train(args: Args) -> Result:
                 obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
                 obs = jnp.asarray(obs, jnp.float32)[None]
                 state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
-            train_step = make_train_step(agent, envs, args)
+            train_step = make_train_step(agent, envs, args, devices)
             state, episodes = learn(state, recent_returns, train_step, args, run_dir)
 
         eval_returns = np.zeros((args.num_seeds, 0))
@@ -914,7 +941,7 @@ def train(args: Args) -> Result:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
             if isinstance(envs, GymnaxEnvs) and not args.capture_video:
                 play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
-                eval_returns = np.asarray(jax.jit(over_seeds(play, args))(state.variables, keys))
+                eval_returns = np.asarray(jax.jit(over_seeds(play, args, devices))(state.variables, keys))
             else:
                 eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
             for seed, returns in zip(seeds, eval_returns, strict=True):

@@ -132,6 +132,30 @@ def test_seeds_follow_their_single_runs(script):
     assert not np.array_equal(both.episode_returns[0], both.episode_returns[1])
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_seeds_share_the_devices(script):
+    """Four agents on two devices are what they are on one, each device having two of them."""
+    module = importlib.import_module(script)
+    code = f"""
+import os, sys
+import jax, numpy as np, {script} as module
+os.cpu_count = lambda: int(sys.argv[1])
+args = module.Args(num_seeds=4, num_envs=4, total_timesteps=5120, hidden_sizes=(8,), eval_episodes=2)
+state = jax.jit(module.over_seeds(jax.random.PRNGKey, args, module.pick_devices(args)))(np.arange(4, dtype=np.uint32))
+assert len(state.sharding.device_set) == int(sys.argv[1])
+result = module.train(args)
+np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, *result.episode_steps)
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    for devices in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, devices], check=True, env=environ)
+    one, two = np.load("1.npz"), np.load("2.npz")
+    assert len(one) == len(two) > 5
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-4)
+    assert [module.even_share(8, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
+
+
 @pytest.mark.parametrize("num_seeds", [1, 2])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_is_exact(script, num_seeds):
