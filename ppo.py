@@ -92,7 +92,7 @@ class Args:
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
     return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
     target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
-    learning_rate: float = bounded(1e-3, "(0, inf)")  # step size of Adam
+    learning_rate: float = bounded(1.5e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
@@ -100,7 +100,7 @@ class Args:
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
-    update_epochs: int = bounded(10, "[1, inf)")  # passes over each batch
+    update_epochs: int = bounded(6, "[1, inf)")  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
@@ -456,8 +456,9 @@ def gather(part: Any) -> list:
 def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch (Schulman et al. 2017, eq. 9, negated), and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
+    value = agent.value(mb.obs)
     pg_loss = policy_loss(logp, mb.logp_old, mb.adv, args.clip_coef)
-    v_loss = value_loss(agent.value(mb.obs), mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
+    v_loss = value_loss(value, mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
     entropy = entropy.mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}

@@ -102,7 +102,7 @@ class Args:
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
     return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
     target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
-    learning_rate: float = bounded(1e-3, "(0, inf)")  # step size of Adam
+    learning_rate: float = bounded(1.5e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
@@ -110,7 +110,7 @@ class Args:
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
-    update_epochs: int = bounded(10, "[1, inf)")  # passes over each batch
+    update_epochs: int = bounded(6, "[1, inf)")  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
@@ -555,12 +555,12 @@ def loss_fn(params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args) 
     """Loss of a minibatch (Schulman et al. 2017, eq. 9, negated), and what to log."""
     variables = {"params": params, "stats": stats}
     logp, entropy = agent.apply(variables, mb.obs, mb.action, method="log_prob")
-    adv = standardize(mb.adv) if args.norm_adv else mb.adv
     value = agent.apply(variables, mb.obs, method="value")
-    pg_loss = policy_loss(logp, mb.logp_old, adv, args.clip_coef)
+    pg_loss = policy_loss(logp, mb.logp_old, mb.adv, args.clip_coef)
     v_loss = value_loss(value, mb.value_old, mb.ret, args.clip_coef if args.clip_vloss else None)
-    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
+    entropy = entropy.mean()
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     metrics["approx_kl"] = approx_kl(logp, mb.logp_old)
     metrics["clipfrac"] = (jnp.abs(jnp.expm1(logp - mb.logp_old)) > args.clip_coef).mean()
     return loss, metrics
@@ -618,6 +618,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         params, opt_state, kl, active = carry
         i, rows = x
         mb = Minibatch(*(x[rows] for x in data))
+        mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, variables["stats"], mb, agent, args)
         metrics["grad_norm"] = optax.tree.norm(grads)
         direction, new_opt_state = make_optimizer(args).update(grads, opt_state)

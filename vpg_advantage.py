@@ -441,8 +441,9 @@ def gather(part: Any) -> list:
 def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch, and what to log."""
     logp, entropy = agent.log_prob(mb.obs, mb.action)
+    value = agent.value(mb.obs)
     pg_loss = policy_loss(logp, mb.adv)
-    v_loss = value_loss(agent.value(mb.obs), mb.ret)
+    v_loss = value_loss(value, mb.ret)
     entropy = entropy.mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}

@@ -540,12 +540,12 @@ def loss_fn(params: dict, stats: dict, mb: Minibatch, agent: Agent, args: Args) 
     """Loss of a minibatch, and what to log."""
     variables = {"params": params, "stats": stats}
     logp, entropy = agent.apply(variables, mb.obs, mb.action, method="log_prob")
-    adv = standardize(mb.adv) if args.norm_adv else mb.adv
     value = agent.apply(variables, mb.obs, method="value")
-    pg_loss = policy_loss(logp, adv)
+    pg_loss = policy_loss(logp, mb.adv)
     v_loss = value_loss(value, mb.ret)
-    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
-    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
+    entropy = entropy.mean()
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     return loss, metrics
 
 
@@ -597,6 +597,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     def descend(carry, rows):
         params, opt_state = carry
         mb = Minibatch(*(x[rows] for x in data))
+        mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, variables["stats"], mb, agent, args)
         metrics["grad_norm"] = optax.tree.norm(grads)
         direction, opt_state = make_optimizer(args).update(grads, opt_state)

@@ -28,13 +28,13 @@ DIFFERENCES = {
     ("exp_name", "default"): {script: script for script in sorted(SCRIPTS, key=len, reverse=True)},
     # tuned for each algorithm
     ("total_timesteps", "default"): {"ppo": 200_000},
-    ("learning_rate", "default"): {"ppo": 1e-3},
+    ("learning_rate", "default"): {"ppo": 1.5e-3},
     ("num_envs", "default"): {"ppo": 4},
     ("num_steps", "default"): {"ppo": 128},
     ("gamma", "default"): {"ppo": 0.98},
     ("gae_lambda", "default"): {"ppo": 0.9},
     ("num_minibatches", "default"): {"ppo": 4},
-    ("update_epochs", "default"): {"ppo": 10},
+    ("update_epochs", "default"): {"ppo": 6},
     ("norm_adv", "default"): {"ppo": True},
     ("norm_reward", "default"): {"ppo": False},
 }
