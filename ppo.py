@@ -53,6 +53,7 @@ from collections.abc import Callable
 from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -640,12 +641,13 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    episodes, stopped, (rank, _) = [], 0, processes()
+    episodes, stopped = [], 0
+    hidden = StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
-        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, disable=rank > 0) as bar,
+        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
         while state.step < args.last_step and not stopped:
