@@ -47,13 +47,17 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
+from zipfile import ZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -117,6 +121,8 @@ def check_args(args: Args) -> None:
         for x in value if isinstance(value, tuple) else (value,):
             if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
                 raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and find_spec("moviepy") is None:
@@ -147,7 +153,32 @@ def time_limit(args: Args) -> int | None:
     return args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+class Named(gym.Wrapper):
+    """Tells of an exception which environment it is from, and in which of its steps."""
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index, self.steps = index, 0
+
+    def ask(self, method: Callable, *args, **kwargs) -> tuple:
+        try:
+            obs, *rest = method(*args, **kwargs)
+            if np.shape(obs) != self.observation_space.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
+            return obs, *rest
+        except Exception as error:  # whatever a stranger's environment raises
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+
+    def reset(self, **kwargs):
+        return self.ask(self.env.reset, **kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        return self.ask(self.env.step, action)
+
+
+def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -167,16 +198,19 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
+        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    return vector_env([lambda: make_env(args)] * args.num_envs, autoreset_mode=same_step, copy=False)
+    if args.async_envs:
+        gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
+    return vector_env(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
@@ -307,6 +341,15 @@ def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
 # ====================================================== Rollout =======================================================
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 @torch.inference_mode()
 def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
@@ -329,8 +372,9 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
         if not alive.any():
             break
     step = state.step + mask.sum(1).cumsum().astype(int)
-    batch = Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
-    return state, Batch(*(x[: t + 1] for x in batch))
+    batch = Batch(*(x[: t + 1] for x in (obs, action, reward, done, mask, step, episode_return, episode_length)))
+    check_finite(batch)
+    return state, batch
 
 
 # ======================================================= Update =======================================================
@@ -389,7 +433,9 @@ def save(state: State, args: Args, run_dir: Path) -> None:
         "step": state.step,
         "iteration": state.iteration,
     }
-    torch.save(checkpoint, run_dir / "partial.pt")
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
+    (run_dir / "partial.pt").write_bytes(buffer.getvalue())
     (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
 
 
@@ -398,8 +444,11 @@ def load(state: State, args: Args) -> Path:
     path = Path(args.resume)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        # weights_only admits tensors and plain Python values: a stranger's file cannot run code
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged := ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} is damaged")
+        with warnings.catch_warnings(action="ignore"):
+            # weights_only admits tensors and plain Python values: a stranger's file cannot run code
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
@@ -421,7 +470,7 @@ def load(state: State, args: Args) -> Path:
 
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
-    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     run_dir = next(path for path in paths if not path.exists())
     run_dir.mkdir(parents=True)
@@ -494,9 +543,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             state, metrics = update(state, batch, args)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
-                path = run_dir / "checkpoint.pt"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite; {saved}")
+                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite")
 
             for t, n in np.argwhere(batch.done):
                 writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])
@@ -537,8 +584,9 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
+    when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
     device = pick_device(args)
@@ -553,13 +601,20 @@ def train(args: Args) -> Result:
             device=device,
             recent_returns=deque(maxlen=args.return_window),
         )
-        run_dir = load(state, args) if args.resume else make_run_dir(args)
+        run_dir = load(state, args) if args.resume else None
         episodes = []
         if state.step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            episodes = learn(state, envs, args, run_dir)
+            envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+            run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
+            try:
+                episodes = learn(state, envs, args, run_dir)
+            except (FloatingPointError, gym.error.Error) as error:
+                path = run_dir / "checkpoint.pt"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+                raise type(error)(f"{error}; {saved}") from error
 
     eval_returns = np.zeros(0)
     if args.eval_episodes:
@@ -576,10 +631,10 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

@@ -53,6 +53,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -130,6 +131,8 @@ def check_args(args: Args) -> None:
                 raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
     if args.seed + args.num_seeds > 2**32:
         raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
+    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -162,7 +165,32 @@ def time_limit(args: Args) -> int | None:
     return args.max_episode_steps or gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+class Named(gym.Wrapper):
+    """Tells of an exception which environment it is from, and in which of its steps."""
+
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index, self.steps = index, 0
+
+    def ask(self, method: Callable, *args, **kwargs) -> tuple:
+        try:
+            obs, *rest = method(*args, **kwargs)
+            if np.shape(obs) != self.observation_space.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
+            return obs, *rest
+        except Exception as error:  # whatever a stranger's environment raises
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+
+    def reset(self, **kwargs):
+        return self.ask(self.env.reset, **kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        return self.ask(self.env.step, action)
+
+
+def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -182,7 +210,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
+        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
@@ -255,8 +284,9 @@ def make_envs(args: Args) -> Envs:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
-    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
+    env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
+        gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
@@ -428,6 +458,15 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
     return state._replace(key=key), batch._replace(step=state.step + batch.step.cumsum())
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
     key, rollout_key = jax.random.split(state.key)
@@ -450,7 +489,9 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
         if not alive.any():
             break
     step = (state.step + mask.sum(1).cumsum()).astype(np.int32)
-    return state._replace(key=key), Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
+    batch = Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
+    check_finite(batch)
+    return state._replace(key=key), batch
 
 
 # ======================================================= Update =======================================================
@@ -506,7 +547,8 @@ def identity(args: Args) -> dict:
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
     """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
-    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_state_dict(jax.device_get(state))}
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(jax.device_get(state))}
+    checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
     (run_dir / "partial.msgpack").write_bytes(serialization.msgpack_serialize(checkpoint))
     (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
 
@@ -517,7 +559,9 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
     path = path / "checkpoint.msgpack" if path.is_dir() else path
     try:
         saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
-        meta = json.loads(saved["meta"])
+        if saved["crc32"] != zlib.crc32(saved["meta"].encode() + saved["state"]):
+            raise ValueError("damaged")
+        meta, saved_state = json.loads(saved["meta"]), serialization.msgpack_restore(saved["state"])
         theirs = dict(meta["identity"])
     except Exception as error:
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
@@ -525,7 +569,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         if theirs.get(name) != ours:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
-        loaded = serialization.from_state_dict(state, saved["state"])
+        loaded = serialization.from_state_dict(state, saved_state)
         # from_state_dict matches names alone
         expected, found = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, loaded))
         if expected != found:
@@ -539,7 +583,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
 
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
-    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     run_dir = next(path for path in paths if not path.exists())
     run_dir.mkdir(parents=True)
@@ -693,9 +737,7 @@ def learn(
             step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
-                path = run_dir / "checkpoint.msgpack"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite; {saved}")
+                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
             for s, t in np.argwhere(batch.done.any(-1)):
                 ended = batch.done[s, t] > 0
@@ -762,8 +804,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
+    when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
     devices = pick_devices(args)
@@ -773,17 +816,22 @@ def train(args: Args) -> Result:
         init = partial(init_state, agent=agent, args=args)
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
-        if args.resume:
-            state, run_dir = load(state, recent_returns, args)
-        else:
-            run_dir = make_run_dir(args)
+        state, run_dir = load(state, recent_returns, args) if args.resume else (state, None)
         step, episodes = int(np.min(state.step)), [[] for _ in seeds]
         if step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
+            if not isinstance(envs, GymnaxEnvs):
+                envs.reset(seed=env_seeds(args.seed, step, args.num_envs))
+            run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             train_step = make_train_step(agent, envs, args, devices)
-            state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+            try:
+                state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+            except (FloatingPointError, gym.error.Error) as error:
+                path = run_dir / "checkpoint.msgpack"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+                raise type(error)(f"{error}; {saved}") from error
 
         eval_returns = np.zeros((args.num_seeds, 0))
         if args.eval_episodes:
@@ -806,10 +854,10 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

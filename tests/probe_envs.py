@@ -118,3 +118,39 @@ for name, kwargs in TOYS.items():
 gym.register("NoTimeLimit-v0", entry_point=Toy)
 # Reward 1 and the same observation until a time limit: V = 1 / (1 - gamma), if the limit counts as no end.
 gym.register("Forever-v0", entry_point=Probe, max_episode_steps=5, kwargs=PROBES["OneStep-v0"] | {"length": 0})
+
+
+class Broken(gym.Env):
+    """Breaks in the way that its id says, the second copy alone: in the second or third step, or at a reset."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, how):
+        self.how = how
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.unlucky = seed == UNLUCKY_SEED
+            self.steps = 0
+        if self.unlucky and (self.how == "start" or (self.how == "reset" and self.steps)):
+            raise OSError("the simulator\nis gone")
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward = np.zeros(3, np.float32), 1.0
+        if self.unlucky and self.steps == 2 and self.how == "nan":
+            obs[1] = np.nan
+        if self.unlucky and self.steps == 3:
+            if self.how == "step":
+                raise ZeroDivisionError("a mass of zero")
+            obs = np.zeros(4, np.float32) if self.how == "shape" else obs
+            reward = float("inf") if self.how == "reward" else reward
+        return obs, reward, self.steps % 3 == 0, False, {}
+
+
+UNLUCKY_SEED = int(np.random.SeedSequence(1, spawn_key=(0, 0)).generate_state(2)[1])  # of --seed 1's second environment
+for how in ("start", "reset", "step", "nan", "shape", "reward"):
+    gym.register(f"Broken{how.title()}-v0", Broken, max_episode_steps=16, kwargs={"how": how})
