@@ -934,8 +934,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args.num_seeds, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads, which wait for each other: 128 agents hang on two, and shared by two devices on three
-    os.environ.setdefault("NPROC", str(8 * parts if parts > 1 else max(3, cores)))
+    # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
+    os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
