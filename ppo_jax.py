@@ -311,7 +311,7 @@ def make_envs(args: Args) -> Envs:
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -534,6 +534,15 @@ def approx_kl(logp: Array, logp_old: Array) -> Array:
 # ====================================================== Rollout =======================================================
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward", "next_obs"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
     """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
     in one pass over the whole batch, with the same weights."""
@@ -552,15 +561,6 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
     carry = (state.env, state.obs, state.step)
     (env, obs, _), batch = jax.lax.scan(play, carry, jax.random.split(rollout_key, args.num_steps))
     return state._replace(key=key, env=env, obs=obs), batch
-
-
-def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
-    for name in ("obs", "reward", "next_obs"):
-        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
-        if len(bad):
-            t, n, *_ = bad[0]
-            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
 
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:

@@ -215,7 +215,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -607,7 +607,7 @@ def train(args: Args) -> Result:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs))
+            envs.reset(seed=env_seeds(args.seed, state.step, args.num_envs, stream=2))
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             try:
                 episodes = learn(state, envs, args, run_dir)

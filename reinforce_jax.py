@@ -293,7 +293,7 @@ def make_envs(args: Args) -> Envs:
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -429,6 +429,15 @@ def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
 # ====================================================== Rollout =======================================================
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
     """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
     key, reset_key, rollout_key = jax.random.split(state.key, 3)
@@ -456,15 +465,6 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
     buffer = jax.tree.map(lambda x: jnp.zeros((envs.time_limit, *x.shape), x.dtype), row)
     _, batch, _ = jax.lax.while_loop(going, play_row, (0, buffer, start))
     return state._replace(key=key), batch._replace(step=state.step + batch.step.cumsum())
-
-
-def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
-    for name in ("obs", "reward"):
-        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
-        if len(bad):
-            t, n, *_ = bad[0]
-            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
 
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
@@ -823,7 +823,7 @@ def train(args: Args) -> Result:
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):
-                envs.reset(seed=env_seeds(args.seed, step, args.num_envs))
+                envs.reset(seed=env_seeds(args.seed, step, args.num_envs, stream=2))
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             train_step = make_train_step(agent, envs, args, devices)
             try:

@@ -243,7 +243,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 

@@ -132,7 +132,7 @@ class Broken(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.unlucky = seed == UNLUCKY_SEED
+            self.unlucky = seed in UNLUCKY_SEEDS
             self.steps = 0
         if self.unlucky and (self.how == "start" or (self.how == "reset" and self.steps)):
             raise OSError("the simulator\nis gone")
@@ -151,6 +151,7 @@ class Broken(gym.Env):
         return obs, reward, self.steps % 3 == 0, False, {}
 
 
-UNLUCKY_SEED = int(np.random.SeedSequence(1, spawn_key=(0, 0)).generate_state(2)[1])  # of --seed 1's second environment
+# those of --seed 1's second environment
+UNLUCKY_SEEDS = [np.random.SeedSequence(1, spawn_key=(stream, 0)).generate_state(2)[1] for stream in (0, 2)]
 for how in ("start", "reset", "step", "nan", "shape", "reward"):
     gym.register(f"Broken{how.title()}-v0", Broken, max_episode_steps=16, kwargs={"how": how})

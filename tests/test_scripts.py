@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -239,12 +240,12 @@ def test_no_two_resets_share_a_seed(script, name, flags):
 
 @each_script
 def test_faulty_environment(script):
-    """What an environment raises comes out as it is, and the signal handlers are put back."""
+    """What an environment raises comes out with its place and cause, and the signal handlers are put back."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(RuntimeError, match="fault in reset"):
-        run(script, env_id=toy("ResetFault"))
-    with pytest.raises(RuntimeError, match="fault in step"):
-        run(script, env_id=toy("StepFault"))
+    for fault in ("reset", "step"):
+        with pytest.raises(gym.error.Error, match=f"environment 0, .*RuntimeError: fault in {fault}") as raised:
+            run(script, env_id=toy(f"{fault.title()}Fault"))
+        assert "RuntimeError" in repr(raised.value.__cause__)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
