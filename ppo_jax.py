@@ -94,6 +94,7 @@ class Args:
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(200_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    shard_envs: bool = False  # spread one agent's environments over all devices; slower on a CPU
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -159,6 +160,8 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
     if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
         raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
+    if args.shard_envs and args.num_seeds > 1:
+        raise ValueError(f"--num-seeds {args.num_seeds}: these share the devices as they are, without --shard-envs")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -300,8 +303,9 @@ def make_envs(args: Args) -> Envs:
             return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
-    if args.num_seeds > 1:
-        raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
+    if args.num_seeds > 1 or args.shard_envs:
+        flag = "--shard-envs" if args.shard_envs else f"--num-seeds {args.num_seeds}"
+        raise ValueError(f"{flag}: needs a gymnax environment, --env-id {args.env_id} is of gymnasium")
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
@@ -823,11 +827,21 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
-        spec, mesh = jax.P("agents"), jax.sharding.Mesh(devices, "agents")
+        spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
         function = jax.vmap(function)
         # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
+
+
+def spread(state: State, args: Args, devices: list[jax.Device]) -> State:
+    """With --shard-envs the environments of the state on all devices, a part on each, and the rest on every one. The
+    compiler shares out the work and adds the communication."""
+    if not args.shard_envs:
+        return state
+    mesh = jax.sharding.Mesh(devices, "envs")
+    whole, part = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("envs",)))
+    return jax.lax.with_sharding_constraint(state, State(whole, whole, whole, part, part, part, whole, whole))
 
 
 def make_train_step(
@@ -838,7 +852,7 @@ def make_train_step(
     def train_step(state):
         state, batch = rollout(state, agent, envs, args)
         state, metrics = update(state, batch, agent, args)
-        return state, batch._replace(obs=None, action=None, reward=None, next_obs=None), metrics
+        return spread(state, args, devices), batch._replace(obs=None, action=None, reward=None, next_obs=None), metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -923,17 +937,18 @@ def learn(
     return state, episodes
 
 
-def even_share(num_seeds: int, num_devices: int) -> int:
-    """The largest number of devices, of those there are, that divides the seeds."""
-    return max(n for n in range(1, num_devices + 1) if num_seeds % n == 0)
+def even_share(args: Args, num_devices: int) -> int:
+    """The largest number of devices, of those there are, that divides what they share."""
+    shared = args.num_envs if args.shard_envs else args.num_seeds
+    return max(n for n in range(1, num_devices + 1) if shared % n == 0)
 
 
 def pick_devices(args: Args) -> list[jax.Device]:
-    """As many GPUs, or cores of the CPU as devices of their own, as can share --num-seeds evenly. JAX starts its
+    """As many GPUs, or cores of the CPU as devices of their own, as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
-    parts, platform = even_share(args.num_seeds, cores), "cuda" if args.cuda else "cpu"
+    parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
     os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
     if not args.cuda:
@@ -945,7 +960,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
-    return devices[: even_share(args.num_seeds, len(devices))]
+    return devices[: even_share(args, len(devices))]
 
 
 def train(args: Args) -> Result:
@@ -960,7 +975,10 @@ def train(args: Args) -> Result:
     with jax.default_device(devices[0]), closing(make_envs(args)) as envs:
         agent = make_agent(envs, args)
         seeds = jnp.arange(args.num_seeds, dtype=jnp.uint32) + np.uint32(args.seed)
-        init = partial(init_state, agent=agent, envs=envs, args=args)
+
+        def init(seed):
+            return spread(init_state(seed, agent, envs, args), args, devices)
+
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
         state, run_dir = load(state, recent_returns, args) if args.resume else (state, None)

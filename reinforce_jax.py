@@ -283,7 +283,7 @@ def make_envs(args: Args) -> Envs:
         except Exception as error:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
-        raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
+        raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is of gymnasium")
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
@@ -672,7 +672,7 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
-        spec, mesh = jax.P("agents"), jax.sharding.Mesh(devices, "agents")
+        spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
         function = jax.vmap(function, axis_name="seeds")
         # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -776,17 +776,17 @@ def learn(
     return state, episodes
 
 
-def even_share(num_seeds: int, num_devices: int) -> int:
-    """The largest number of devices, of those there are, that divides the seeds."""
-    return max(n for n in range(1, num_devices + 1) if num_seeds % n == 0)
+def even_share(args: Args, num_devices: int) -> int:
+    """The largest number of devices, of those there are, that divides what they share."""
+    return max(n for n in range(1, num_devices + 1) if args.num_seeds % n == 0)
 
 
 def pick_devices(args: Args) -> list[jax.Device]:
-    """As many GPUs, or cores of the CPU as devices of their own, as can share --num-seeds evenly. JAX starts its
+    """As many GPUs, or cores of the CPU as devices of their own, as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
-    parts, platform = even_share(args.num_seeds, cores), "cuda" if args.cuda else "cpu"
+    parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
     os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
     if not args.cuda:
@@ -798,7 +798,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
-    return devices[: even_share(args.num_seeds, len(devices))]
+    return devices[: even_share(args, len(devices))]
 
 
 def train(args: Args) -> Result:

@@ -12,6 +12,7 @@ import pytest
 
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 ACTOR_CRITIC = tuple(script for script in SCRIPTS if not script.startswith("reinforce"))
+JAX_ACTOR_CRITIC = tuple(script for script in ACTOR_CRITIC if script.endswith("_jax"))
 REINFORCE = tuple(script for script in SCRIPTS if script.startswith("reinforce"))
 PPO = tuple(script for script in SCRIPTS if script.startswith("ppo"))
 SLOW = {script: [pytest.mark.slow] if script.endswith("_jax") else [] for script in SCRIPTS}  # what has to compile
@@ -72,6 +73,8 @@ COMBINATIONS = [
     (ACTOR_CRITIC, "--num-minibatches 64", "must divide the batch of 32"),
     (ACTOR_CRITIC, "--total-timesteps 31", "one batch of 32"),
     (SCRIPTS, "--eval-only", "--resume"),
+    (JAX_ACTOR_CRITIC, "--shard-envs --num-seeds 2", "without --shard-envs"),
+    (JAX_ACTOR_CRITIC, "--shard-envs --env-backend gymnasium", "needs a gymnax environment"),
 ]
 ENVIRONMENTS = [
     (SCRIPTS, "--env-id NoSuchThing-v0", "doesn't exist"),
