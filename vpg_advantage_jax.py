@@ -305,7 +305,7 @@ def make_envs(args: Args) -> Envs:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1 or args.shard_envs:
         flag = "--shard-envs" if args.shard_envs else f"--num-seeds {args.num_seeds}"
-        raise ValueError(f"{flag}: needs a gymnax environment, --env-id {args.env_id} is of gymnasium")
+        raise ValueError(f"{flag}: needs gymnax, --env-id {args.env_id} runs in gymnasium")
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway

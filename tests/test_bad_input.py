@@ -74,7 +74,7 @@ COMBINATIONS = [
     (ACTOR_CRITIC, "--total-timesteps 31", "one batch of 32"),
     (SCRIPTS, "--eval-only", "--resume"),
     (JAX_ACTOR_CRITIC, "--shard-envs --num-seeds 2", "without --shard-envs"),
-    (JAX_ACTOR_CRITIC, "--shard-envs --env-backend gymnasium", "needs a gymnax environment"),
+    (JAX_ACTOR_CRITIC, "--shard-envs --env-backend gymnasium", "needs gymnax"),
 ]
 ENVIRONMENTS = [
     (SCRIPTS, "--env-id NoSuchThing-v0", "doesn't exist"),
