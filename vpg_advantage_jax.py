@@ -55,15 +55,17 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +78,7 @@ import tyro
 from flax import linen as nn
 from flax import serialization
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 # ===================================================== Arguments ======================================================
@@ -674,7 +677,7 @@ def identity(args: Args) -> dict:
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
     """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
-    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(jax.device_get(state))}
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
     (run_dir / "partial.msgpack").write_bytes(serialization.msgpack_serialize(checkpoint))
     (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
@@ -793,6 +796,11 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     return jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
 
 
+def fetch(tree: Any) -> Any:
+    """The arrays as NumPy's, whole on each host where there are several."""
+    return process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
+
+
 def first(tree: Any) -> Any:
     """The arrays of the first agent, without the axis of agents."""
     return jax.tree.map(lambda x: x[0], tree)
@@ -858,18 +866,19 @@ def learn(
     from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
 
     episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
-    step = first_step = int(np.min(state.step))
+    step = first_step = int(fetch(state.step).min())
+    stopped, hidden = 0, StringIO() if jax.process_index() else None  # the progress of one host is that of all
     start = time.perf_counter()
     with (
         StopSignal() as stop,
         SummaryWriter(str(run_dir), purge_step=step + 1 if step else None) as writer,
-        tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5) as bar,
+        tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), step)
-        while step < args.last_step and not stop.number:
+        while step < args.last_step and not stopped:
             lr = learning_rate(step, args)
             state, batch, metrics = train_step(state)
-            batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration))
+            batch, metrics, iteration = fetch((batch, metrics, state.iteration))
             step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
@@ -902,13 +911,14 @@ def learn(
             full = all(len(returns) == args.return_window for returns in recent_returns)
             if args.target_return is not None and full and mean_returns.min() >= args.target_return:
                 break
+            stopped = int(fetch(np.array([stop.number])).max())
         if args.num_seeds > 1:
             for s, mean_return in enumerate(mean_returns):
                 log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
-    if stop.number:
+    if stopped:
         print(f"stopped at step {step}, go on with --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(128 + stop.number)
+        raise SystemExit(128 + stopped)
     return state, episodes
 
 
@@ -926,6 +936,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
     os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
+        number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(num_processes=number, process_id=rank)
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
@@ -935,7 +948,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
-    return devices[: even_share(args, len(devices))]
+    share = even_share(args, len(devices))
+    if share < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"--num-seeds {args.num_seeds}: must divide by the {len(devices)} devices of all hosts")
+    return devices[:share]
 
 
 def train(args: Args) -> Result:
@@ -947,9 +963,11 @@ def train(args: Args) -> Result:
     """
     check_args(args)
     devices = pick_devices(args)
-    with jax.default_device(devices[0]), closing(make_envs(args)) as envs:
+    here = next(device for device in devices if device.process_index == jax.process_index())
+    quiet = redirect_stdout(None if jax.process_index() else sys.stdout)  # one host speaks, its files alone are kept
+    with quiet, tempfile.TemporaryDirectory() as scratch, jax.default_device(here), closing(make_envs(args)) as envs:
         agent = make_agent(envs, args)
-        seeds = jnp.arange(args.num_seeds, dtype=jnp.uint32) + np.uint32(args.seed)
+        seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
 
         def init(seed):
             return spread(init_state(seed, agent, envs, args), args, devices)
@@ -957,7 +975,8 @@ def train(args: Args) -> Result:
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
         state, run_dir = load(state, recent_returns, args) if args.resume else (state, None)
-        step, episodes = int(np.min(state.step)), [[] for _ in seeds]
+        step, episodes = int(fetch(state.step).min()), [[] for _ in seeds]
+        run_dir = Path(scratch) if jax.process_index() else run_dir
         if step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {step} already")
             args = replace(args, eval_episodes=0)
@@ -980,13 +999,13 @@ def train(args: Args) -> Result:
             keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
             if isinstance(envs, GymnaxEnvs) and not args.capture_video:
                 play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
-                eval_returns = np.asarray(jax.jit(over_seeds(play, args, devices))(state.variables, keys))
+                eval_returns = fetch(jax.jit(over_seeds(play, args, devices))(state.variables, np.asarray(keys)))
             else:
                 eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
             for seed, returns in zip(seeds, eval_returns, strict=True):
                 who = f"seed {seed}: " if args.num_seeds > 1 else ""
                 print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    print(run_dir)
+        print(run_dir)
     variables = state.variables
     returns = [np.array([x for x, _ in of_seed]) for of_seed in episodes]
     steps = [np.array([step for _, step in of_seed], dtype=int) for of_seed in episodes]

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = ("reinforce_jax", "vpg_advantage_jax", "ppo_jax")
@@ -155,6 +157,43 @@ np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, *resu
         np.testing.assert_allclose(one[name], two[name], atol=1e-4)
     args = module.Args(num_seeds=8)
     assert [module.even_share(args, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s == "ppo_jax" else pytest.mark.slow) for s in SCRIPTS])
+def test_seeds_share_the_hosts(script, tmp_path):
+    """Two processes, connected by jax.distributed, train the four agents that one trains; the first of them writes the
+    one folder and speaks."""
+    flags = ["--num-seeds", "4", "--num-envs", "4", "--total-timesteps", "5120", "--hidden-sizes", "8"]
+    command = [sys.executable, ROOT / f"{script}.py", *flags, "--eval-episodes", "2"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts, outputs = [], []
+    for rank in (0, 1):
+        environ = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(rank),
+            "TQDM_DISABLE": "",
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        hosts.append(subprocess.Popen(command, env=os.environ | environ, cwd=tmp_path, **pipes))
+    for host in hosts:
+        outputs.append(host.communicate(timeout=200))
+        assert host.returncode == 0, outputs[-1][1]
+    (run_dir,) = tmp_path.glob("runs/*")
+    spoken = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in outputs]
+    assert spoken[0][-1].endswith(run_dir.name) and len(spoken[0]) == 5
+    assert not spoken[1] and "steps" in outputs[0][1] and "steps" not in outputs[1][1]
+
+    alone = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert alone[:4] == spoken[0][:4]
+    states = []
+    for path in (run_dir, tmp_path / alone[-1]):
+        saved = serialization.msgpack_restore((path / "checkpoint.msgpack").read_bytes())
+        states.append(serialization.msgpack_restore(saved["state"]))
+    for one, two in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
