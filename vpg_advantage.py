@@ -40,6 +40,7 @@ Diff:  diff reinforce.py vpg_advantage.py (what a baseline adds)
        diff vpg_advantage.py vpg_advantage_jax.py (the same in JAX)
 """
 
+import io
 import itertools
 import json
 import math
@@ -51,12 +52,14 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+import zipfile
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -153,6 +156,9 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide by the number of processes")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
+    for flag, name in ("--exp-name", args.exp_name), ("--env-id", args.env_id):  # parts of a folder's name
+        if not name.isprintable() or len(name.encode()) > 100:
+            raise ValueError(f"{flag} {name!r}: must be at most 100 printable characters")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and find_spec("moviepy") is None:
@@ -178,7 +184,40 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+class Guard(gym.wrappers.TransformAction):
+    """Takes the policy's actions, and says which environment failed, and at which of its steps, when one does."""
+
+    def __init__(self, env: gym.Env, to_env: Callable, space: gym.Space, index: int):
+        super().__init__(env, to_env, space)
+        self.index, self.steps = index, 0
+        self.zeros = np.zeros(env.observation_space.shape)
+
+    def reset(self, **options) -> tuple:
+        return self.checked(self.env.reset, **options)
+
+    def step(self, action: Any) -> tuple:
+        self.steps += 1
+        return self.checked(lambda: self.env.step(self.func(action)))
+
+    def checked(self, function: Callable, **options) -> tuple:
+        """What `function` returns: (obs, info) or (obs, reward, terminated, truncated, info)."""
+        try:
+            outcome = function(**options)
+            obs, reward = outcome[0], outcome[1] if len(outcome) > 2 else 0
+            if np.shape(obs) != self.zeros.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.zeros.shape}")
+            if not math.isfinite(np.dot(obs, self.zeros)):  # twice as fast as np.isfinite(obs).all()
+                raise ValueError("observation not finite")
+            if not math.isfinite(reward):
+                raise ValueError("reward not finite")
+        except Exception as error:  # built in, for it may come from another process
+            raise OSError(
+                f"environment {self.index}, its step {self.steps}: {type(error).__name__}: {error}"
+            ) from error
+        return outcome
+
+
+def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -196,16 +235,19 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
+        return Guard(gym.wrappers.RecordEpisodeStatistics(env), to_env, space, index)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
-    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    return vector_env(env_fns[:: processes()[1]], autoreset_mode=same_step, copy=False)
+    # an exception in a process of the former is raised here, and need not be logged as well
+    warnings.filterwarnings("ignore", module="gymnasium.vector.async_vector_env")
+    rank, share = processes()[0], args.num_envs // processes()[1]
+    env_fns = [partial(make_env, args, index=i) for i in range(rank * share, (rank + 1) * share)]
+    return vector_env(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
@@ -527,7 +569,11 @@ def save(state: State, args: Args, run_dir: Path) -> None:
         "step": state.step,
         "iteration": state.iteration,
     }
-    torch.save(checkpoint, run_dir / "partial.pt")
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with (run_dir / "partial.pt").open("wb") as file:
+        file.write(content.getvalue())
+        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
 
 
@@ -537,7 +583,10 @@ def load(state: State, args: Args) -> Path:
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         # weights_only admits tensors and plain Python values: a stranger's file cannot run code
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="error"), zipfile.ZipFile(path) as file:
+            if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
+                raise ValueError
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
@@ -546,12 +595,15 @@ def load(state: State, args: Args) -> Path:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
         state.agent.load_state_dict(saved["agent"])
+        for p, moments in zip(state.agent.parameters(), saved["optimizer"]["state"].values(), strict=False):
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:  # load_state_dict would not mind
+                raise ValueError
         state.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and state.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"])
-        state.recent_returns.extend(saved["recent_returns"])
-        state.step, state.iteration = saved["step"], saved["iteration"]
+        state.recent_returns.extend(map(float, saved["recent_returns"]))
+        state.step, state.iteration = int(saved["step"]), int(saved["iteration"])
     except Exception as error:
         raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
     return path.parent
@@ -619,7 +671,7 @@ def compiled(function: Callable, args: Args) -> Callable:
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes, stopped = [], 0
-    hidden = StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
+    hidden = io.StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
@@ -635,9 +687,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             state, metrics = update(state, batch, args)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
-                path = run_dir / "checkpoint.pt"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite; {saved}")
+                raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite")
 
             for t, n in np.argwhere(batch.done):
                 writer.add_scalar("charts/episodic_return", batch.episode_return[t, n], batch.step[t])
@@ -683,7 +733,8 @@ def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
     Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    gradient is not finite; OSError if an environment or the disk fails; SystemExit, when all is saved, after Ctrl-C
+    (130) or SIGTERM (143).
     """
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
@@ -702,6 +753,8 @@ def train(args: Args) -> Result:
             running_return=torch.zeros(args.num_envs, device=device),
         )
         run_dir = load(state, args) if args.resume else None
+        seeds = env_seeds(args.seed, state.step, args.num_envs)
+        state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
         if rank:
             run_dir = Path(scratch)
             torch.manual_seed(env_seeds(args.seed, state.step, size, stream=2)[rank])  # other actions than rank 0
@@ -711,9 +764,12 @@ def train(args: Args) -> Result:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            seeds = env_seeds(args.seed, state.step, args.num_envs)
-            state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
-            episodes = learn(state, envs, args, run_dir)
+            try:
+                episodes = learn(state, envs, args, run_dir)
+            except (FloatingPointError, OSError) as error:
+                path = run_dir / "checkpoint.pt"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+                raise type(error)(f"{error}; {saved}") from error.__cause__
 
         eval_returns = np.zeros(0)
         if args.eval_episodes and not rank:
@@ -734,7 +790,7 @@ def main() -> None:
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -46,6 +46,7 @@ Diff:  diff reinforce_jax.py vpg_advantage_jax.py (what a baseline adds)
        diff vpg_advantage.py vpg_advantage_jax.py (the same in PyTorch)
 """
 
+import difflib
 import importlib
 import itertools
 import json
@@ -57,6 +58,8 @@ import signal
 import sys
 import threading
 import time
+import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -156,6 +159,9 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if args.seed + args.num_seeds > 2**32:
         raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
+    for flag, name in ("--exp-name", args.exp_name), ("--env-id", args.env_id):  # parts of a folder's name
+        if not name.isprintable() or len(name.encode()) > 100:
+            raise ValueError(f"{flag} {name!r}: must be at most 100 printable characters")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -183,7 +189,40 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+class Guard(gym.wrappers.TransformAction):
+    """Takes the policy's actions, and says which environment failed, and at which of its steps, when one does."""
+
+    def __init__(self, env: gym.Env, to_env: Callable, space: gym.Space, index: int):
+        super().__init__(env, to_env, space)
+        self.index, self.steps = index, 0
+        self.zeros = np.zeros(env.observation_space.shape)
+
+    def reset(self, **options) -> tuple:
+        return self.checked(self.env.reset, **options)
+
+    def step(self, action: Any) -> tuple:
+        self.steps += 1
+        return self.checked(lambda: self.env.step(self.func(action)))
+
+    def checked(self, function: Callable, **options) -> tuple:
+        """What `function` returns: (obs, info) or (obs, reward, terminated, truncated, info)."""
+        try:
+            outcome = function(**options)
+            obs, reward = outcome[0], outcome[1] if len(outcome) > 2 else 0
+            if np.shape(obs) != self.zeros.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.zeros.shape}")
+            if not math.isfinite(np.dot(obs, self.zeros)):  # twice as fast as np.isfinite(obs).all()
+                raise ValueError("observation not finite")
+            if not math.isfinite(reward):
+                raise ValueError("reward not finite")
+        except Exception as error:  # built in, for it may come from another process
+            raise OSError(
+                f"environment {self.index}, its step {self.steps}: {type(error).__name__}: {error}"
+            ) from error
+        return outcome
+
+
+def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -201,7 +240,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return gym.wrappers.TransformAction(gym.wrappers.RecordEpisodeStatistics(env), to_env, space)
+        return Guard(gym.wrappers.RecordEpisodeStatistics(env), to_env, space, index)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
@@ -249,15 +288,18 @@ def uses_gymnax(args: Args) -> bool:
             importlib.import_module(module)  # may register with gymnax
         except ImportError:
             return False  # Gymnasium will say what is wrong
-    if args.env_backend != "auto":
-        return args.env_backend == "gymnax"
+    if args.env_backend == "gymnasium":
+        return False
     # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
-    if name in gym.registry and name not in shared and "gymnax" not in sys.modules:
+    if args.env_backend == "auto" and name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
     import gymnax
 
-    return name in gymnax.registered_envs
+    near = difflib.get_close_matches(name, gymnax.registered_envs, n=1, cutoff=0.8)
+    if near and name not in gymnax.registered_envs and name not in gym.registry:
+        raise ValueError(f"--env-id {args.env_id}: unknown, did you mean `{near[0]}`?")
+    return args.env_backend == "gymnax" or name in gymnax.registered_envs
 
 
 def make_envs(args: Args) -> Envs:
@@ -273,8 +315,11 @@ def make_envs(args: Args) -> Envs:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
     if args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
-    env_fns, same_step = [lambda: make_env(args)] * args.num_envs, gym.vector.AutoresetMode.SAME_STEP
+    env_fns = [partial(make_env, args, index=i) for i in range(args.num_envs)]
+    same_step = gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
+        # a worker's exception is raised here, and need not be logged as well
+        warnings.filterwarnings("ignore", module="gymnasium.vector.async_vector_env")
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
@@ -631,7 +676,10 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_state_dict(jax.device_get(state))}
-    (run_dir / "partial.msgpack").write_bytes(serialization.msgpack_serialize(checkpoint))
+    content = serialization.msgpack_serialize(checkpoint)
+    with (run_dir / "partial.msgpack").open("wb") as file:
+        file.write(serialization.msgpack_serialize({"crc32": zlib.crc32(content), "content": content}))
+        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
 
 
@@ -640,7 +688,10 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
     path = Path(args.resume)
     path = path / "checkpoint.msgpack" if path.is_dir() else path
     try:
-        saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
+        file = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
+        if file["crc32"] != zlib.crc32(file["content"]):
+            raise ValueError
+        saved = serialization.msgpack_restore(file["content"])
         meta = json.loads(saved["meta"])
         theirs = dict(meta["identity"])
     except Exception as error:
@@ -655,7 +706,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         if expected != found:
             raise ValueError
         for returns, saved_returns in zip(recent_returns, meta["recent_returns"], strict=True):
-            returns.extend(saved_returns)
+            returns.extend(map(float, saved_returns))
         return jax.device_put(loaded, jax.tree.map(lambda x: x.sharding, state)), path.parent
     except Exception as error:
         raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
@@ -762,6 +813,11 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
+def largest(x: Array) -> Array:
+    """The largest number of each observation, in size: finite if all are."""
+    return jnp.abs(x).max(-1)
+
+
 def make_train_step(
     agent: Agent, envs: Envs, args: Args, devices: list[jax.Device]
 ) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -770,7 +826,7 @@ def make_train_step(
     def train_step(state):
         state, batch = rollout(state, agent, envs, args)
         state, metrics = update(state, batch, agent, args)
-        return state, batch._replace(obs=None, action=None, reward=None, next_obs=None), metrics
+        return state, batch._replace(obs=largest(batch.obs), action=None, next_obs=largest(batch.next_obs)), metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -815,10 +871,11 @@ def learn(
             batch, metrics, iteration = jax.device_get((batch, metrics, state.iteration))
             step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            for name in ("obs", "reward", "next_obs"):
+                for s, t, n, *_ in np.argwhere(~np.isfinite(getattr(batch, name)))[:1]:
+                    bad.insert(0, f"{name} of environment {n} at step {batch.step[s, t]}")
             if bad:
-                path = run_dir / "checkpoint.msgpack"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite; {saved}")
+                raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
             for s, t in np.argwhere(batch.done.any(-1)):
                 ended = batch.done[s, t] > 0
@@ -886,7 +943,8 @@ def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
     Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    gradient is not finite; OSError if an environment or the disk fails; SystemExit, when all is saved, after Ctrl-C
+    (130) or SIGTERM (143).
     """
     check_args(args)
     devices = pick_devices(args)
@@ -896,21 +954,26 @@ def train(args: Args) -> Result:
         init = partial(init_state, agent=agent, envs=envs, args=args)
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
+        run_dir = None
         if args.resume:
             state, run_dir = load(state, recent_returns, args)
-        else:
-            run_dir = make_run_dir(args)
         step, episodes = int(np.min(state.step)), [[] for _ in seeds]
+        if not isinstance(envs, GymnaxEnvs):
+            obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
+            obs = jnp.asarray(obs, jnp.float32)[None]
+            state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
+        run_dir = run_dir or make_run_dir(args)
         if step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
-            if not isinstance(envs, GymnaxEnvs):
-                obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
-                obs = jnp.asarray(obs, jnp.float32)[None]
-                state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
             train_step = make_train_step(agent, envs, args, devices)
-            state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+            try:
+                state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+            except (FloatingPointError, OSError) as error:
+                path = run_dir / "checkpoint.msgpack"
+                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+                raise type(error)(f"{error}; {saved}") from error.__cause__
 
         eval_returns = np.zeros((args.num_seeds, 0))
         if args.eval_episodes:
@@ -937,7 +1000,7 @@ def main() -> None:
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
