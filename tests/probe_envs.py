@@ -47,12 +47,14 @@ class Probe(gym.Env):
 class Toy(gym.Env):
     """Random observations, reward 1, 20 steps unless told otherwise. Refuses actions outside its action space.
 
-    `fault` happens in the reset, or in the steps numbered `fault_steps`, counted from the environment's making.
+    `fault` happens in the reset, or in the steps numbered `fault_steps`, counted from the environment's making; with
+    `odd` only where the seed is odd.
     """
 
-    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,)):
+    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,), odd=False):
         self.observation_space, self.action_space = observation_space, action_space or Discrete(2)
         self.length, self.fault, self.fault_steps, self.lifetime = length, fault, fault_steps, 0
+        self.odd, self.seed = odd, 1
 
     def reset(self, *, seed=None, options=None):
         if self.fault == "reset":
@@ -61,20 +63,23 @@ class Toy(gym.Env):
         self.step_number, obs = 0, self.observation_space.sample()
         if seed is not None:
             RESETS[self.spec.id].append((seed, obs))
+            self.seed = seed
         return obs, {}
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
         ACTIONS[self.spec.id].append(action)
         self.step_number, self.lifetime, reward = self.step_number + 1, self.lifetime + 1, 1.0
-        if self.lifetime in self.fault_steps:
+        obs = self.observation_space.sample()
+        if self.lifetime in self.fault_steps and (self.seed % 2 or not self.odd):
             if self.fault == "step":
-                raise RuntimeError("fault in step")
+                raise RuntimeError("fault\nin step")
+            obs = {"nan": obs + np.nan, "inf": obs - np.inf, "shape": np.zeros(2, np.float32)}.get(self.fault, obs)
             if isinstance(self.fault, signal.Signals):
                 signal.raise_signal(self.fault)
             if isinstance(self.fault, float):
                 reward = self.fault
-        return self.observation_space.sample(), reward, self.step_number == self.length, False, {}
+        return obs, reward, self.step_number == self.length, False, {}
 
 
 PROBES = {
@@ -105,6 +110,12 @@ TOYS = {
     "OneStepToy-v0": {"length": 1},
     "ResetFault-v0": {"fault": "reset"},
     "StepFault-v0": {"fault": "step"},
+    "OddStepFault-v0": {"fault": "step", "odd": True},
+    "NanObs-v0": {"fault": "nan", "odd": True},
+    "InfObs-v0": {"fault": "inf", "odd": True},
+    "OddNanReward-v0": {"fault": float("nan"), "odd": True},
+    "InfReward-v0": {"fault": float("-inf"), "odd": True},
+    "WrongShape-v0": {"fault": "shape", "odd": True},
     "NanReward-v0": {"fault": float("nan"), "length": 4},  # in the second episode
     "NanAtOnce-v0": {"fault": float("nan"), "fault_steps": (1,)},
     "Interrupted-v0": {"fault": signal.SIGINT},

@@ -239,12 +239,12 @@ def test_no_two_resets_share_a_seed(script, name, flags):
 
 @each_script
 def test_faulty_environment(script):
-    """What an environment raises comes out as it is, and the signal handlers are put back."""
+    """What an environment raises is the cause of what comes out, and the signal handlers are put back."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(RuntimeError, match="fault in reset"):
-        run(script, env_id=toy("ResetFault"))
-    with pytest.raises(RuntimeError, match="fault in step"):
-        run(script, env_id=toy("StepFault"))
+    for name in ("ResetFault", "StepFault"):
+        with pytest.raises(OSError, match="environment 0 at its step") as raised:
+            run(script, env_id=toy(name))
+        assert isinstance(raised.value.__cause__, RuntimeError | OSError) and "fault" in str(raised.value.__cause__)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
