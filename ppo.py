@@ -37,7 +37,6 @@ Diff:  diff vpg_advantage.py ppo.py (what clipping adds)
        diff ppo.py ppo_jax.py (the same in JAX)
 """
 
-import io
 import itertools
 import json
 import math
@@ -50,15 +49,16 @@ import tempfile
 import threading
 import time
 import warnings
-import zipfile
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import ZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -156,9 +156,8 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide by the number of processes")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
-    for flag, name in ("--exp-name", args.exp_name), ("--env-id", args.env_id):  # parts of a folder's name
-        if not name.isprintable() or len(name.encode()) > 100:
-            raise ValueError(f"{flag} {name!r}: must be at most 100 printable characters")
+    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and find_spec("moviepy") is None:
@@ -184,40 +183,32 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
 
-class Guard(gym.wrappers.TransformAction):
-    """Takes the policy's actions, and says which environment failed, and at which of its steps, when one does."""
+class Named(gym.Wrapper):
+    """Tells of an exception which environment it is from, and in which of its steps."""
 
-    def __init__(self, env: gym.Env, to_env: Callable, space: gym.Space, index: int):
-        super().__init__(env, to_env, space)
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
         self.index, self.steps = index, 0
-        self.shape = env.observation_space.shape
 
-    def reset(self, **options) -> tuple:
-        return self.checked(self.env.reset, **options)
-
-    def step(self, action: Any) -> tuple:
-        self.steps += 1
-        return self.checked(lambda: self.env.step(self.func(action)))
-
-    def checked(self, function: Callable, **options) -> tuple:
-        """What `function` returns: (obs, info) or (obs, reward, terminated, truncated, info)."""
+    def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            outcome = function(**options)
-            obs, reward = outcome[0], outcome[1] if len(outcome) > 2 else 0
-            if np.shape(obs) != self.shape:
-                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            if not np.isfinite(obs).all():
-                raise ValueError("observation not finite")
-            if not math.isfinite(reward):
-                raise ValueError("reward not finite")
-        except Exception as error:  # built in, for it may come from another process
-            raise OSError(
-                f"environment {self.index} at its step {self.steps}: {type(error).__name__}: {error}"
-            ) from error
-        return outcome
+            obs, *rest = method(*args, **kwargs)
+            if np.shape(obs) != self.observation_space.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
+            return obs, *rest
+        except Exception as error:  # whatever a stranger's environment raises
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+
+    def reset(self, **kwargs):
+        return self.ask(self.env.reset, **kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        return self.ask(self.env.step, action)
 
 
-def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
+def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -238,7 +229,8 @@ def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return Guard(gym.wrappers.RecordEpisodeStatistics(env), to_env, space, index)
+        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
@@ -246,18 +238,17 @@ def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
-        make_env(args, render_mode).close()
+        make_env(args, render_mode=render_mode).close()
+    env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
-    # an exception in a process of the former is raised here, and need not be logged as well
-    warnings.filterwarnings("ignore", module="gymnasium.vector.async_vector_env")
-    rank, share = processes()[0], args.num_envs // processes()[1]
-    env_fns = [partial(make_env, args, index=i) for i in range(rank * share, (rank + 1) * share)]
-    return vector_env(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, copy=False)
+    if args.async_envs:
+        gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
+    return vector_env(env_fns[:: processes()[1]], autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -465,6 +456,15 @@ def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
 # ====================================================== Rollout =======================================================
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward", "next_obs"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 @torch.inference_mode()
 def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
     """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
@@ -487,7 +487,9 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
             episode_length[t] = info["final_info"]["episode"]["l"]
     state.obs = current
     step = state.step + args.num_envs * np.arange(1, args.num_steps + 1)
-    return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
+    batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
+    check_finite(batch)
+    return state, batch
 
 
 def gather(part: Any) -> list:
@@ -597,10 +599,10 @@ def save(state: State, args: Args, run_dir: Path) -> None:
         "step": state.step,
         "iteration": state.iteration,
     }
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
     with (run_dir / "partial.pt").open("wb") as file:
-        file.write(content.getvalue())
+        file.write(buffer.getvalue())
         os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
 
@@ -610,10 +612,11 @@ def load(state: State, args: Args) -> Path:
     path = Path(args.resume)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        # weights_only admits tensors and plain Python values: a stranger's file cannot run code
-        with warnings.catch_warnings(action="error"), zipfile.ZipFile(path) as file:
-            if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
-                raise ValueError
+        file = ZipFile(path)
+        if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
+            raise ValueError("damaged, or packed as torch.save does not")
+        with warnings.catch_warnings(action="ignore"):
+            # weights_only admits tensors and plain Python values: a stranger's file cannot run code
             saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
@@ -639,7 +642,7 @@ def load(state: State, args: Args) -> Path:
 
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
-    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     run_dir = next(path for path in paths if not path.exists())
     run_dir.mkdir(parents=True)
@@ -699,7 +702,7 @@ def compiled(function: Callable, args: Args) -> Callable:
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes, stopped = [], 0
-    hidden = io.StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
+    hidden = StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
@@ -760,9 +763,9 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; OSError if an environment or the disk fails; SystemExit, when all is saved, after Ctrl-C
-    (130) or SIGTERM (143).
+    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
+    when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
@@ -781,23 +784,23 @@ def train(args: Args) -> Result:
             running_return=torch.zeros(args.num_envs, device=device),
         )
         run_dir = load(state, args) if args.resume else None
-        seeds = env_seeds(args.seed, state.step, args.num_envs)
-        state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
         if rank:
             run_dir = Path(scratch)
             torch.manual_seed(env_seeds(args.seed, state.step, size, stream=2)[rank])  # other actions than rank 0
-        run_dir = run_dir or make_run_dir(args)
         episodes = []
         if state.step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {state.step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
+            seeds = env_seeds(args.seed, state.step, args.num_envs)
+            state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
+            run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             try:
                 episodes = learn(state, envs, args, run_dir)
-            except (FloatingPointError, OSError) as error:
+            except (FloatingPointError, gym.error.Error, OSError) as error:
                 path = run_dir / "checkpoint.pt"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise type(error)(f"{error}; {saved}") from error.__cause__
+                raise type(error)(f"{error}; {saved}") from error
 
         eval_returns = np.zeros(0)
         if args.eval_episodes and not rank:
@@ -814,11 +817,11 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

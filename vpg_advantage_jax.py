@@ -58,7 +58,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -99,6 +98,7 @@ class Args:
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    shard_envs: bool = False  # spread one agent's environments over all devices; slower on a CPU
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -159,9 +159,10 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if args.seed + args.num_seeds > 2**32:
         raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
-    for flag, name in ("--exp-name", args.exp_name), ("--env-id", args.env_id):  # parts of a folder's name
-        if not name.isprintable() or len(name.encode()) > 100:
-            raise ValueError(f"{flag} {name!r}: must be at most 100 printable characters")
+    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
+    if args.shard_envs and args.num_seeds > 1:
+        raise ValueError(f"--num-seeds {args.num_seeds}: these share the devices as they are, without --shard-envs")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -189,40 +190,32 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
     return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
 
 
-class Guard(gym.wrappers.TransformAction):
-    """Takes the policy's actions, and says which environment failed, and at which of its steps, when one does."""
+class Named(gym.Wrapper):
+    """Tells of an exception which environment it is from, and in which of its steps."""
 
-    def __init__(self, env: gym.Env, to_env: Callable, space: gym.Space, index: int):
-        super().__init__(env, to_env, space)
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
         self.index, self.steps = index, 0
-        self.shape = env.observation_space.shape
 
-    def reset(self, **options) -> tuple:
-        return self.checked(self.env.reset, **options)
-
-    def step(self, action: Any) -> tuple:
-        self.steps += 1
-        return self.checked(lambda: self.env.step(self.func(action)))
-
-    def checked(self, function: Callable, **options) -> tuple:
-        """What `function` returns: (obs, info) or (obs, reward, terminated, truncated, info)."""
+    def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            outcome = function(**options)
-            obs, reward = outcome[0], outcome[1] if len(outcome) > 2 else 0
-            if np.shape(obs) != self.shape:
-                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            if not np.isfinite(obs).all():
-                raise ValueError("observation not finite")
-            if not math.isfinite(reward):
-                raise ValueError("reward not finite")
-        except Exception as error:  # built in, for it may come from another process
-            raise OSError(
-                f"environment {self.index} at its step {self.steps}: {type(error).__name__}: {error}"
-            ) from error
-        return outcome
+            obs, *rest = method(*args, **kwargs)
+            if np.shape(obs) != self.observation_space.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
+            return obs, *rest
+        except Exception as error:  # whatever a stranger's environment raises
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+
+    def reset(self, **kwargs):
+        return self.ask(self.env.reset, **kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        return self.ask(self.env.step, action)
 
 
-def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.Env:
+def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
     if args.async_envs and multiprocessing.parent_process() is not None:
@@ -243,7 +236,8 @@ def make_env(args: Args, render_mode: str | None = None, index: int = 0) -> gym.
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        return Guard(gym.wrappers.RecordEpisodeStatistics(env), to_env, space, index)
+        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
@@ -308,7 +302,7 @@ def uses_gymnax(args: Args) -> bool:
 def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
-        make_env(args, render_mode).close()
+        make_env(args, render_mode=render_mode).close()
     if uses_gymnax(args):
         if args.async_envs:
             raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
@@ -316,20 +310,19 @@ def make_envs(args: Args) -> Envs:
             return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
             raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
-    if args.num_seeds > 1:
-        raise ValueError(f"--num-seeds {args.num_seeds}: needs a gymnax environment, --env-id {args.env_id} is none")
-    env_fns = [partial(make_env, args, index=i) for i in range(args.num_envs)]
-    same_step = gym.vector.AutoresetMode.SAME_STEP
+    if args.num_seeds > 1 or args.shard_envs:
+        flag = "--shard-envs" if args.shard_envs else f"--num-seeds {args.num_seeds}"
+        raise ValueError(f"{flag}: needs gymnax, --env-id {args.env_id} runs in gymnasium")
+    env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     if args.async_envs:  # spawned: JAX has threads, which no fork survives
-        # a worker's exception is raised here, and need not be logged as well
-        warnings.filterwarnings("ignore", module="gymnasium.vector.async_vector_env")
+        gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
     """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation."""
+    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -537,6 +530,15 @@ def value_loss(value: Array, ret: Array) -> Array:
 # ====================================================== Rollout =======================================================
 
 
+def check_finite(batch: Batch) -> None:
+    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    for name in ("obs", "reward", "next_obs"):
+        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
+        if len(bad):
+            t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+
+
 def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
     """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
     in one pass over the whole batch, with the same weights."""
@@ -578,6 +580,7 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
             episode_length[t] = info["final_info"]["episode"]["l"]
     step = int(state.step) + args.num_envs * np.arange(1, args.num_steps + 1, dtype=np.int32)
     batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
+    check_finite(batch)
     return state._replace(key=key, obs=np.array(current, np.float32)), batch
 
 
@@ -678,10 +681,10 @@ def identity(args: Args) -> dict:
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
     """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
-    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_state_dict(jax.device_get(state))}
-    content = serialization.msgpack_serialize(checkpoint)
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(jax.device_get(state))}
+    checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
     with (run_dir / "partial.msgpack").open("wb") as file:
-        file.write(serialization.msgpack_serialize({"crc32": zlib.crc32(content), "content": content}))
+        file.write(serialization.msgpack_serialize(checkpoint))
         os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
 
@@ -691,11 +694,10 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
     path = Path(args.resume)
     path = path / "checkpoint.msgpack" if path.is_dir() else path
     try:
-        file = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
-        if file["crc32"] != zlib.crc32(file["content"]):
-            raise ValueError
-        saved = serialization.msgpack_restore(file["content"])
-        meta = json.loads(saved["meta"])
+        saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
+        if saved["crc32"] != zlib.crc32(saved["meta"].encode() + saved["state"]):
+            raise ValueError("damaged")
+        meta, saved_state = json.loads(saved["meta"]), serialization.msgpack_restore(saved["state"])
         theirs = dict(meta["identity"])
     except Exception as error:
         raise ValueError(f"--resume {path}: not a readable checkpoint ({type(error).__name__})") from error
@@ -703,7 +705,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         if theirs.get(name) != ours:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
-        loaded = serialization.from_state_dict(state, saved["state"])
+        loaded = serialization.from_state_dict(state, saved_state)
         # from_state_dict matches names alone
         expected, found = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, loaded))
         if expected != found:
@@ -717,7 +719,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
 
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
-    name = re.sub(r"[/\\:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     run_dir = next(path for path in paths if not path.exists())
     run_dir.mkdir(parents=True)
@@ -809,11 +811,21 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
-        spec, mesh = jax.P("agents"), jax.sharding.Mesh(devices, "agents")
+        spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
         function = jax.vmap(function)
         # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
+
+
+def spread(state: State, args: Args, devices: list[jax.Device]) -> State:
+    """With --shard-envs the environments of the state on all devices, a part on each, and the rest on every one. The
+    compiler shares out the work and adds the communication."""
+    if not args.shard_envs:
+        return state
+    mesh = jax.sharding.Mesh(devices, "envs")
+    whole, part = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("envs",)))
+    return jax.lax.with_sharding_constraint(state, State(whole, whole, whole, part, part, part, whole, whole))
 
 
 def largest(x: Array) -> Array:
@@ -829,7 +841,8 @@ def make_train_step(
     def train_step(state):
         state, batch = rollout(state, agent, envs, args)
         state, metrics = update(state, batch, agent, args)
-        return state, batch._replace(obs=largest(batch.obs), action=None, next_obs=largest(batch.next_obs)), metrics
+        batch = batch._replace(obs=largest(batch.obs), action=None, next_obs=largest(batch.next_obs))
+        return spread(state, args, devices), batch, metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -876,7 +889,7 @@ def learn(
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             for name in ("obs", "reward", "next_obs"):
                 for s, t, n, *_ in np.argwhere(~np.isfinite(getattr(batch, name)))[:1]:
-                    bad.insert(0, f"{name} of environment {n} at step {batch.step[s, t]}")
+                    bad.insert(0, f"{name} of environment {n} by step {batch.step[s, t]}")
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
@@ -917,19 +930,20 @@ def learn(
     return state, episodes
 
 
-def even_share(num_seeds: int, num_devices: int) -> int:
-    """The largest number of devices, of those there are, that divides the seeds."""
-    return max(n for n in range(1, num_devices + 1) if num_seeds % n == 0)
+def even_share(args: Args, num_devices: int) -> int:
+    """The largest number of devices, of those there are, that divides what they share."""
+    shared = args.num_envs if args.shard_envs else args.num_seeds
+    return max(n for n in range(1, num_devices + 1) if shared % n == 0)
 
 
 def pick_devices(args: Args) -> list[jax.Device]:
-    """As many GPUs, or cores of the CPU as devices of their own, as can share --num-seeds evenly. JAX starts its
+    """As many GPUs, or cores of the CPU as devices of their own, as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
-    parts, platform = even_share(args.num_seeds, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads, which wait for each other: 128 agents hang on two, and shared by two devices on three
-    os.environ.setdefault("NPROC", str(8 * parts if parts > 1 else max(3, cores)))
+    parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
+    # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
+    os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
@@ -939,44 +953,45 @@ def pick_devices(args: Args) -> list[jax.Device]:
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
-    return devices[: even_share(args.num_seeds, len(devices))]
+    return devices[: even_share(args, len(devices))]
 
 
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for what the user got wrong, before anything is written; FloatingPointError if a loss or a
-    gradient is not finite; OSError if an environment or the disk fails; SystemExit, when all is saved, after Ctrl-C
-    (130) or SIGTERM (143).
+    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
+    when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     check_args(args)
     devices = pick_devices(args)
     with jax.default_device(devices[0]), closing(make_envs(args)) as envs:
         agent = make_agent(envs, args)
         seeds = jnp.arange(args.num_seeds, dtype=jnp.uint32) + np.uint32(args.seed)
-        init = partial(init_state, agent=agent, envs=envs, args=args)
+
+        def init(seed):
+            return spread(init_state(seed, agent, envs, args), args, devices)
+
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
-        run_dir = None
-        if args.resume:
-            state, run_dir = load(state, recent_returns, args)
+        state, run_dir = load(state, recent_returns, args) if args.resume else (state, None)
         step, episodes = int(np.min(state.step)), [[] for _ in seeds]
-        if not isinstance(envs, GymnaxEnvs):
-            obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
-            obs = jnp.asarray(obs, jnp.float32)[None]
-            state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
-        run_dir = run_dir or make_run_dir(args)
         if step >= args.last_step and not args.eval_only:
             print(f"nothing to train: {run_dir} is at step {step} already")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
+            if not isinstance(envs, GymnaxEnvs):
+                obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
+                obs = jnp.asarray(obs, jnp.float32)[None]
+                state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
+            run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             train_step = make_train_step(agent, envs, args, devices)
             try:
                 state, episodes = learn(state, recent_returns, train_step, args, run_dir)
-            except (FloatingPointError, OSError) as error:
+            except (FloatingPointError, gym.error.Error, OSError) as error:
                 path = run_dir / "checkpoint.msgpack"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise type(error)(f"{error}; {saved}") from error.__cause__
+                raise type(error)(f"{error}; {saved}") from error
 
         eval_returns = np.zeros((args.num_seeds, 0))
         if args.eval_episodes:
@@ -999,11 +1014,11 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: what the user got wrong becomes one line and exit status 2."""
+    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -212,7 +212,7 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
         peer = (cleanrl, {"path": cleanrl_path, "steps": 100_000})
         found["ppo.py / CleanRL"] = Pair((ours, ppo), peer)
         found["ppo.py --compile / CleanRL"] = Pair((ours, ppo | {"compile": True}), peer)
-    for num_envs, num_seeds, steps in ((4, 1, 1_000_000), (64, 1, 4_000_000), (2048, 1, 10_000_000), (4, 8, 500_000)):
+    for num_envs, num_seeds, steps in ((4, 1, 1_000_000), (64, 1, 2_000_000), (2048, 1, 4_000_000), (4, 8, 250_000)):
         size = {"num_envs": num_envs, "num_seeds": num_seeds}
         if purejaxrl_path:
             name = f"ppo_jax.py / PureJaxRL, {num_envs} environments" + f", {num_seeds} seeds" * (num_seeds > 1)
@@ -242,9 +242,10 @@ def compare(name: str, pair: Pair, repeats: int) -> dict:
 
 
 def scale(script: str, num_envs: int) -> dict:
-    """A row of scaling.csv: default flags but for the environments, and batches of at most 2^19 steps."""
+    """A row of scaling.csv: default flags, but for the environments and 128 steps of each."""
+    iterations = 30 if num_envs <= 64 else 6
     num_steps = {} if script.startswith("reinforce") else {"num_steps": 128}
-    total = 30 * 128 * num_envs if num_steps else 20 * 500 * num_envs
+    total = iterations * num_envs * num_steps.get("num_steps", 25)  # untrained, an episode of CartPole is that short
     flags = {"num_envs": num_envs, "total_timesteps": total, "eval_episodes": 0, "save_every": 0, **num_steps}
     result = measure(ours, 2, script=script, **flags)
     return {

@@ -47,14 +47,12 @@ class Probe(gym.Env):
 class Toy(gym.Env):
     """Random observations, reward 1, 20 steps unless told otherwise. Refuses actions outside its action space.
 
-    `fault` happens in the reset, or in the steps numbered `fault_steps`, counted from the environment's making; with
-    `odd` only where the seed is odd.
+    `fault` happens in the reset, or in the steps numbered `fault_steps`, counted from the environment's making.
     """
 
-    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,), odd=False):
+    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,)):
         self.observation_space, self.action_space = observation_space, action_space or Discrete(2)
         self.length, self.fault, self.fault_steps, self.lifetime = length, fault, fault_steps, 0
-        self.odd, self.seed = odd, 1
 
     def reset(self, *, seed=None, options=None):
         if self.fault == "reset":
@@ -63,23 +61,20 @@ class Toy(gym.Env):
         self.step_number, obs = 0, self.observation_space.sample()
         if seed is not None:
             RESETS[self.spec.id].append((seed, obs))
-            self.seed = seed
         return obs, {}
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
         ACTIONS[self.spec.id].append(action)
         self.step_number, self.lifetime, reward = self.step_number + 1, self.lifetime + 1, 1.0
-        obs = self.observation_space.sample()
-        if self.lifetime in self.fault_steps and (self.seed % 2 or not self.odd):
+        if self.lifetime in self.fault_steps:
             if self.fault == "step":
-                raise RuntimeError("fault\nin step")
-            obs = {"nan": obs + np.nan, "inf": obs - np.inf, "shape": np.zeros(2, np.float32)}.get(self.fault, obs)
+                raise RuntimeError("fault in step")
             if isinstance(self.fault, signal.Signals):
                 signal.raise_signal(self.fault)
             if isinstance(self.fault, float):
                 reward = self.fault
-        return obs, reward, self.step_number == self.length, False, {}
+        return self.observation_space.sample(), reward, self.step_number == self.length, False, {}
 
 
 PROBES = {
@@ -110,12 +105,6 @@ TOYS = {
     "OneStepToy-v0": {"length": 1},
     "ResetFault-v0": {"fault": "reset"},
     "StepFault-v0": {"fault": "step"},
-    "OddStepFault-v0": {"fault": "step", "odd": True},
-    "NanObs-v0": {"fault": "nan", "odd": True},
-    "InfObs-v0": {"fault": "inf", "odd": True},
-    "OddNanReward-v0": {"fault": float("nan"), "odd": True},
-    "InfReward-v0": {"fault": float("-inf"), "odd": True},
-    "WrongShape-v0": {"fault": "shape", "odd": True},
     "NanReward-v0": {"fault": float("nan"), "length": 4},  # in the second episode
     "NanAtOnce-v0": {"fault": float("nan"), "fault_steps": (1,)},
     "Interrupted-v0": {"fault": signal.SIGINT},
@@ -129,3 +118,40 @@ for name, kwargs in TOYS.items():
 gym.register("NoTimeLimit-v0", entry_point=Toy)
 # Reward 1 and the same observation until a time limit: V = 1 / (1 - gamma), if the limit counts as no end.
 gym.register("Forever-v0", entry_point=Probe, max_episode_steps=5, kwargs=PROBES["OneStep-v0"] | {"length": 0})
+
+
+class Broken(gym.Env):
+    """Breaks in the way that its id says, the second copy alone: in the second or third step, or at a reset."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, how):
+        self.how = how
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.unlucky = seed in UNLUCKY_SEEDS
+            self.steps = 0
+        if self.unlucky and (self.how == "start" or (self.how == "reset" and self.steps)):
+            raise OSError("the simulator\nis gone")
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward = np.zeros(3, np.float32), 1.0
+        if self.unlucky and self.steps == 2 and self.how == "nan":
+            obs[1] = np.nan
+        if self.unlucky and self.steps == 3:
+            if self.how == "step":
+                raise ZeroDivisionError("a mass of zero")
+            obs = np.zeros(4, np.float32) if self.how == "shape" else obs
+            reward = float("inf") if self.how == "reward" else reward
+        return obs, reward, self.steps % 3 == 0, False, {}
+
+
+# those of --seed 1's second environment
+UNLUCKY_SEEDS = [np.random.SeedSequence(1, spawn_key=(stream, 0)).generate_state(2)[1] for stream in (0, 2)]
+for how in ("start", "reset", "step", "nan", "shape", "reward"):
+    gym.register(f"Broken{how.title()}-v0", Broken, max_episode_steps=16, kwargs={"how": how})

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 ACTOR_CRITIC = tuple(script for script in SCRIPTS if not script.startswith("reinforce"))
+JAX_ACTOR_CRITIC = tuple(script for script in ACTOR_CRITIC if script.endswith("_jax"))
 REINFORCE = tuple(script for script in SCRIPTS if script.startswith("reinforce"))
 JAX = tuple(script for script in SCRIPTS if script.endswith("_jax"))
 PPO = tuple(script for script in SCRIPTS if script.startswith("ppo"))
@@ -76,6 +78,8 @@ COMBINATIONS = [
     (ACTOR_CRITIC, "--num-minibatches 64", "must divide the batch of 32"),
     (ACTOR_CRITIC, "--total-timesteps 31", "one batch of 32"),
     (SCRIPTS, "--eval-only", "--resume"),
+    (JAX_ACTOR_CRITIC, "--shard-envs --num-seeds 2", "without --shard-envs"),
+    (JAX_ACTOR_CRITIC, "--shard-envs --env-backend gymnasium", "needs gymnax"),
 ]
 ENVIRONMENTS = [
     (SCRIPTS, "--env-id NoSuchThing-v0", "doesn't exist"),
@@ -87,10 +91,8 @@ ENVIRONMENTS = [
     (JAX, "--env-id CartPol-v1 --env-backend gymnax", "did you mean `CartPole-v1`"),
     (JAX, "--env-id Breakout-MinAtr", "did you mean `Breakout-MinAtar`"),
     (JAX, "--env-id NoSuchThing-v0 --env-backend gymnax", "not in registered gymnax environments"),
-    (SCRIPTS, f"--exp-name {'x' * 101}", "must be at most 100 printable characters"),
-    (SCRIPTS, f"--env-id {'x' * 5000}", "must be at most 100 printable characters"),
-    (SCRIPTS, "--exp-name a\0b", "must be at most 100 printable characters"),
-    (SCRIPTS, "--env-id a\0b", "must be at most 100 printable characters"),
+    (SCRIPTS, f"--exp-name {'x' * 101}", "longer than 100 characters"),
+    (SCRIPTS, f"--env-id {'x' * 5000}", "doesn't exist"),
     (SCRIPTS, toy("Image"), "Box(0, 255, (8, 8, 3), uint8) need a convolutional network"),
     (SCRIPTS, toy("SequenceObs"), "Sequence("),
     (SCRIPTS, toy("GraphObs"), "Graph("),
@@ -126,7 +128,9 @@ def main(monkeypatch, capsys, recwarn):
         except SystemExit as stopped:
             status = stopped.code
         err = capsys.readouterr().err
-        assert not recwarn.list, "a warning is one more line on stderr"
+        # JAX, which other tests have imported, warns of the forks of PyTorch's --async-envs
+        shown = [w for w in recwarn.list if "os.fork() was called" not in str(w.message)]
+        assert not shown, "a warning is one more line on stderr"
         return status, err
 
     return call
@@ -231,21 +235,13 @@ def test_checkpoint_of_another_script(script, main, saved, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def sealed(value) -> bytes:
-    """A JAX script's file of this content, checksum included."""
-    from flax.serialization import msgpack_serialize
-
-    content = msgpack_serialize(value)
-    return msgpack_serialize({"crc32": zlib.crc32(content), "content": content})
-
-
 def structures(script: str) -> list[bytes]:
     """Files that can be read and are no checkpoints."""
     values = [3, [1, 2], {}, {"identity": 3}, {"identity": {}}, {"identity": ["ppo.py"]}, {"meta": "{}"}]
     if script.endswith("_jax"):
         from flax.serialization import msgpack_serialize
 
-        return [msgpack_serialize(value) for value in values] + [sealed(value) for value in values]
+        return [msgpack_serialize(value) for value in values]
     import io
 
     import torch
@@ -333,17 +329,17 @@ def hostile(script: str, path: Path) -> list[bytes]:
         import msgpack
         from flax.serialization import msgpack_restore
 
-        saved = msgpack_restore(msgpack_restore(path.read_bytes())["content"])
+        meta, state, _ = msgpack_restore(path.read_bytes()).values()
+        state = msgpack_restore(state)
         huge = msgpack.ExtType(1, msgpack.packb(((10**6, 10**6), "float32", b"0000")))
-        meta = saved["meta"]
         parts = [{"step": huge}, {"variables": huge}, {"key": huge}, {"step": "3"}]
-        contents = [{"meta": meta, "state": saved["state"] | part} for part in parts]
-        contents += [{"meta": meta}, {"meta": meta.replace('"recent_returns": [[', '"recent_returns": [["a", ')}]
+        contents = [(meta, state | part) for part in parts]
+        contents += [(meta, {}), (re.sub(r'"recent_returns": \[\[', '"recent_returns": [["a", ', meta), state)]
         # what is no array goes through msgpack alone, with flax's code for arrays
         from flax.serialization import _msgpack_ext_pack as pack
 
-        packed = [msgpack.packb(content, default=pack, strict_types=True) for content in contents]
-        return [msgpack.packb({"crc32": zlib.crc32(content), "content": content}) for content in packed]
+        packed = [(meta, msgpack.packb(content, default=pack, strict_types=True)) for meta, content in contents]
+        return [msgpack.packb({"meta": m, "state": x, "crc32": zlib.crc32(m.encode() + x)}) for m, x in packed]
     import io
 
     import torch
@@ -386,53 +382,16 @@ def test_huge_shapes_and_wrong_types(script, main, saved, tmp_path):
 # ================================================ Environments that fail ==============================================
 
 
-FAULTS = [
-    ("OddStepFault", "RuntimeError: fault in step"),
-    ("NanObs", "observation not finite"),
-    ("InfObs", "observation not finite"),
-    ("OddNanReward", "reward not finite"),
-    ("InfReward", "reward not finite"),
-    ("WrongShape", "observation of shape (2,), not (1,)"),
-]
-
-
-def odd_seed(script: str) -> tuple[int, int]:
-    """A --seed that gives just one of two environments an odd seed, and the number of that environment."""
-    module = importlib.import_module(script)
-    parities = ((seed, [x % 2 for x in module.env_seeds(seed, 0, 2)]) for seed in range(100))
-    return next((seed, parity.index(1)) for seed, parity in parities if sum(parity) == 1 and parity[1])
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("name", "text"), FAULTS)
-def test_faults_of_environments(script, name, text, main):
-    """One line: what, in which environment, at which of its steps, which checkpoint holds the work."""
-    seed, index = odd_seed(script)
-    status, err = main(script, f"{TINY[script]} {toy(name)} --seed {seed}")
-    assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
-    assert f"error: environment {index} at its step 5: " in err and text in err and "no checkpoint was saved" in err
-    assert not list(Path("runs").glob("*/partial*"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_fault_in_the_first_reset_leaves_nothing(script, main, tmp_path):
-    status, err = main(script, f"{TINY[script]} {toy('ResetFault')}")
-    assert (status, err) == (1, "error: environment 0 at its step 0: RuntimeError: fault in reset\n")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("script", JAX_LATER)
-@pytest.mark.parametrize(("name", "step"), [("ResetFault", 0), ("OddStepFault", 5)])
+@pytest.mark.parametrize(("name", "step"), [("BrokenStart", 0), ("BrokenStep", 3)])
 def test_fault_in_an_environment_process(script, name, step):
     """A process of its own, as for every user: one line still."""
-    seed, index = odd_seed(script)
-    words = f"{TINY[script]} {toy(name)} --seed {seed} --async-envs".split()
+    words = f"{TINY[script]} {toy(name)} --seed 1 --async-envs".split()
     environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, str(ROOT / f"{script}.py"), *words]
     process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
-    assert f" at its step {step}: RuntimeError: fault in" in process.stderr
-    assert name == "ResetFault" or f"error: environment {index} at" in process.stderr
+    assert f"error: environment 1, its step {step}: " in process.stderr
     assert Path("runs").exists() == (step > 0)
 
 
@@ -481,7 +440,7 @@ def test_nan_stops_the_run(script, main):
     status, err = main(script, f"{words} {toy('NanReward')}")
     (path,) = Path("runs").iterdir()
     assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
-    assert "environment 0 at its step 5" in err and f"last good checkpoint is {path}" in err
+    assert "reward of environment 0 not finite by step" in err and f"last good checkpoint is {path}" in err
     assert not [p for p in path.iterdir() if "partial" in p.name]
     status, err = main(script, f"{words} {toy('NanReward')} --eval-only --resume {path}")
     assert status == 0 and not err  # it loads; below: its parameters are finite and it is of iteration 1
@@ -497,5 +456,31 @@ def test_nan_stops_the_run(script, main):
 def test_nan_at_once_names_no_checkpoint(script, save_every, main):
     status, err = main(script, f"{TINY[script]} {toy('NanAtOnce')} {save_every}")
     assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
-    assert "at its step 1" in err and "no checkpoint was saved" in err
+    assert "of environment 0 not finite by step" in err and "no checkpoint was saved" in err
     assert not list(Path("runs").glob("*/checkpoint*"))
+
+
+# ===================================================== Environments ===================================================
+
+BROKEN = {
+    "start": "environment 1, its step 0: OSError: the simulator is gone",
+    "reset": "environment 1, its step 3: OSError: the simulator is gone",
+    "step": "environment 1, its step 3: ZeroDivisionError: a mass of zero",
+    "shape": "environment 1, its step 3: ValueError: observation of shape (4,), not (3,)",
+    "nan": "obs of environment 1 not finite by step 6",
+    "reward": "reward of environment 1 not finite by step 6",
+}
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("envs", ["", pytest.param("--async-envs", marks=pytest.mark.slow)])
+def test_environment_that_breaks(script, how, envs, main):
+    """Its own message, which environment and which step; nothing stays of one that cannot start."""
+    status, err = main(script, f"{TINY[script]} --seed 1 {envs} {toy(f'Broken{how.title()}')}")
+    assert status == 1 and err.count("\n") == 1 and "Traceback" not in err, err
+    assert err.startswith(f"error: {BROKEN[how]}"), err
+    if how == "start":
+        assert not Path("runs").exists()
+    else:
+        assert "no checkpoint was saved" in err

@@ -53,7 +53,7 @@ def iteration(script: str, path: Path) -> int:
     if script.endswith("_jax"):
         from flax.serialization import msgpack_restore
 
-        return int(np.max(msgpack_restore(msgpack_restore(path.read_bytes())["content"])["state"]["iteration"]))
+        return int(np.max(msgpack_restore(msgpack_restore(path.read_bytes())["state"])["iteration"]))
     import torch
 
     return torch.load(path, weights_only=True)["iteration"]
@@ -110,7 +110,7 @@ def ends_as_the_uninterrupted_run(script: str, run_dir: Path) -> None:
 def test_killed_twice(script):
     run_dir = kill_often(script, 2)
     step = 32 * (iteration(script, next(run_dir.glob("checkpoint*"))) + 2)
-    assert resume(script, run_dir, f"--total-timesteps {step}").episode_steps.max() <= step
+    assert (resume(script, run_dir, f"--total-timesteps {step}").episode_steps <= step).all()
 
 
 @pytest.mark.slow

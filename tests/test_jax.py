@@ -155,7 +155,35 @@ np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, *resu
     assert len(one) == len(two) > 5
     for name in one:
         np.testing.assert_allclose(one[name], two[name], atol=1e-4)
-    assert [module.even_share(8, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
+    args = module.Args(num_seeds=8)
+    assert [module.even_share(args, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_environments_share_the_devices(script):
+    """--shard-envs: one agent with three of its six environments on each of two devices is what it is on one, and its
+    program is compiled once."""
+    code = f"""
+import os, sys
+import jax, numpy as np, {script} as module
+os.cpu_count = lambda: 2
+flags = dict(num_envs=6, num_steps=64, num_minibatches=2, total_timesteps=3840, hidden_sizes=(8,), eval_episodes=2)
+args = module.Args(**flags, norm_obs=True, norm_reward=True, shard_envs=sys.argv[1] == "2")
+steps, make = [], module.make_train_step
+module.make_train_step = lambda *args: steps.append(make(*args)) or steps[0]
+states, learn = [], module.learn
+module.learn = lambda state, *args: states.append(state) or learn(state, *args)
+result = module.train(args)
+assert {{len(x.sharding.device_set) for x in (states[0].obs, states[0].key)}} == {{int(sys.argv[1])}}
+assert states[0].obs.is_deleted() and steps[0]._cache_size() == 1
+np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, result.episode_steps)
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    for devices in ("1", "2"):
+        subprocess.run([sys.executable, "-c", code, devices], check=True, env=environ)
+    one, two = np.load("1.npz"), np.load("2.npz")
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
@@ -286,7 +314,7 @@ def test_numbers_that_are_not_finite(script, name, monkeypatch):
     flags = small_args(module, env_backend="gymnax", total_timesteps=4096)
     with pytest.raises(FloatingPointError) as raised:
         module.train(flags)
-    assert re.match(rf"iteration \d+: (next_)?{name} of environment \d+ at step \d+, ", str(raised.value))
+    assert re.match(rf"iteration \d+: (next_)?{name} of environment \d+ by step \d+, ", str(raised.value))
     assert "no checkpoint was saved" in str(raised.value)
 
 

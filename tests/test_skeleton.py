@@ -19,7 +19,7 @@ TREE = {script: ast.parse(source) for script, source in SOURCE.items()}
 
 # Flags of one framework alone, and what is meant to differ in a flag that several scripts have: (flag, property) ->
 # part of a script's name -> what it is there. The rest have to agree among themselves. --exp-name is the script's name.
-JAX_ONLY = {"num_seeds", "env_backend"}
+JAX_ONLY = {"num_seeds", "env_backend", "shard_envs"}
 TORCH_ONLY = {"compile"}
 DIFFERENCES = {
     ("env_id", "help"): {"_jax": "any gymnax or Gymnasium id; module:Id imports the module first"},
