@@ -329,8 +329,8 @@ def hostile(script: str, path: Path) -> list[bytes]:
         import msgpack
         from flax.serialization import msgpack_restore
 
-        meta, state, _ = msgpack_restore(path.read_bytes()).values()
-        state = msgpack_restore(state)
+        saved = msgpack_restore(path.read_bytes())
+        meta, state = saved["meta"], msgpack_restore(saved["state"])
         huge = msgpack.ExtType(1, msgpack.packb(((10**6, 10**6), "float32", b"0000")))
         parts = [{"step": huge}, {"variables": huge}, {"key": huge}, {"step": "3"}]
         contents = [(meta, state | part) for part in parts]
