@@ -190,6 +190,9 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
+        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+            env.reset()
+            env.render()
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
             raise ValueError(f"image observations {space} need a convolutional network")
@@ -206,6 +209,8 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
+        make_env(args, render_mode=render_mode).close()
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     if args.async_envs:
@@ -435,7 +440,9 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     }
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    (run_dir / "partial.pt").write_bytes(buffer.getvalue())
+    with (run_dir / "partial.pt").open("wb") as file:
+        file.write(buffer.getvalue())
+        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
 
 
@@ -444,8 +451,9 @@ def load(state: State, args: Args) -> Path:
     path = Path(args.resume)
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        if damaged := ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise ValueError(f"{damaged} is damaged")
+        file = ZipFile(path)
+        if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
+            raise ValueError("damaged, or packed as torch.save does not")
         with warnings.catch_warnings(action="ignore"):
             # weights_only admits tensors and plain Python values: a stranger's file cannot run code
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -457,12 +465,15 @@ def load(state: State, args: Args) -> Path:
             raise ValueError(f"--resume {path}: its {name} is {theirs.get(name)}, this run's is {ours}")
     try:
         state.agent.load_state_dict(saved["agent"])
+        for p, moments in zip(state.agent.parameters(), saved["optimizer"]["state"].values(), strict=False):
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:  # load_state_dict would not mind
+                raise ValueError
         state.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and state.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"])
-        state.recent_returns.extend(saved["recent_returns"])
-        state.step, state.iteration = saved["step"], saved["iteration"]
+        state.recent_returns.extend(map(float, saved["recent_returns"]))
+        state.step, state.iteration = int(saved["step"]), int(saved["iteration"])
     except Exception as error:
         raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
     return path.parent
@@ -611,7 +622,7 @@ def train(args: Args) -> Result:
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             try:
                 episodes = learn(state, envs, args, run_dir)
-            except (FloatingPointError, gym.error.Error) as error:
+            except (FloatingPointError, gym.error.Error, OSError) as error:
                 path = run_dir / "checkpoint.pt"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise type(error)(f"{error}; {saved}") from error

@@ -42,6 +42,7 @@ Diff:  diff reinforce_jax.py vpg_advantage_jax.py (what a baseline adds)
        diff reinforce.py reinforce_jax.py (the same in PyTorch)
 """
 
+import difflib
 import importlib
 import itertools
 import json
@@ -205,6 +206,9 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
+        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+            env.reset()
+            env.render()
         space = env.observation_space
         if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
             raise ValueError(f"image observations {space} need a convolutional network")
@@ -263,24 +267,27 @@ def uses_gymnax(args: Args) -> bool:
             importlib.import_module(module)  # may register with gymnax
         except ImportError:
             return False  # Gymnasium will say what is wrong
-    if args.env_backend != "auto":
-        return args.env_backend == "gymnax"
+    if args.env_backend == "gymnasium":
+        return False
     # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
-    if name in gym.registry and name not in shared and "gymnax" not in sys.modules:
+    if args.env_backend == "auto" and name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
     import gymnax
 
-    return name in gymnax.registered_envs
+    near = difflib.get_close_matches(name, gymnax.registered_envs, n=1, cutoff=0.8)
+    if near and name not in gymnax.registered_envs and name not in gym.registry:
+        raise ValueError(f"--env-id {args.env_id}: unknown, did you mean `{near[0]}` of gymnax?")
+    return args.env_backend == "gymnax" or name in gymnax.registered_envs
 
 
 def make_envs(args: Args) -> Envs:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
+    for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
+        make_env(args, render_mode=render_mode).close()
     if uses_gymnax(args):
         if args.async_envs:
             raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
-        if args.capture_video:
-            make_env(args).close()  # the evaluation needs it
         try:
             return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
@@ -552,7 +559,9 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
-    (run_dir / "partial.msgpack").write_bytes(serialization.msgpack_serialize(checkpoint))
+    with (run_dir / "partial.msgpack").open("wb") as file:
+        file.write(serialization.msgpack_serialize(checkpoint))
+        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
 
 
@@ -578,7 +587,7 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
         if expected != found:
             raise ValueError
         for returns, saved_returns in zip(recent_returns, meta["recent_returns"], strict=True):
-            returns.extend(saved_returns)
+            returns.extend(map(float, saved_returns))
         return jax.device_put(loaded, jax.tree.map(lambda x: x.sharding, state)), path.parent
     except Exception as error:
         raise ValueError(f"--resume {path}: does not fit this run ({type(error).__name__})") from error
@@ -687,6 +696,11 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
+def largest(x: Array) -> Array:
+    """The largest number of each observation, in size: finite if all are."""
+    return jnp.abs(x).max(-1)
+
+
 def make_train_step(
     agent: Agent, envs: Envs, args: Args, devices: list[jax.Device]
 ) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -699,7 +713,7 @@ def make_train_step(
             active = old.step < args.last_step
             state = jax.tree.map(partial(jnp.where, active), state, old)
             batch = batch._replace(done=batch.done * active, step=jnp.where(active, batch.step, old.step))
-        return state, batch._replace(obs=None, action=None, reward=None, mask=None), metrics
+        return state, batch._replace(obs=largest(batch.obs), action=None, mask=None), metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -745,6 +759,9 @@ def learn(
             batch, metrics, iteration = fetch((batch, metrics, state.iteration))
             step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+            for name in ("obs", "reward"):
+                for s, t, n, *_ in np.argwhere(~np.isfinite(getattr(batch, name)))[:1]:
+                    bad.insert(0, f"{name} of environment {n} by step {batch.step[s, t]}")
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
@@ -847,7 +864,7 @@ def train(args: Args) -> Result:
             train_step = make_train_step(agent, envs, args, devices)
             try:
                 state, episodes = learn(state, recent_returns, train_step, args, run_dir)
-            except (FloatingPointError, gym.error.Error) as error:
+            except (FloatingPointError, gym.error.Error, OSError) as error:
                 path = run_dir / "checkpoint.msgpack"
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise type(error)(f"{error}; {saved}") from error

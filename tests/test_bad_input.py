@@ -3,8 +3,12 @@
 import importlib
 import os
 import pickle
+import re
+import resource
 import subprocess
 import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_
 ACTOR_CRITIC = tuple(script for script in SCRIPTS if not script.startswith("reinforce"))
 JAX_ACTOR_CRITIC = tuple(script for script in ACTOR_CRITIC if script.endswith("_jax"))
 REINFORCE = tuple(script for script in SCRIPTS if script.startswith("reinforce"))
+JAX = tuple(script for script in SCRIPTS if script.endswith("_jax"))
 PPO = tuple(script for script in SCRIPTS if script.startswith("ppo"))
 SLOW = {script: [pytest.mark.slow] if script.endswith("_jax") else [] for script in SCRIPTS}  # what has to compile
 JAX_LATER = [pytest.param(script, marks=marks) for script, marks in SLOW.items()]
@@ -78,11 +83,16 @@ COMBINATIONS = [
 ]
 ENVIRONMENTS = [
     (SCRIPTS, "--env-id NoSuchThing-v0", "doesn't exist"),
-    (SCRIPTS, "--env-id CartPol-v1", "`CartPole`"),
-    (SCRIPTS, "--env-id CartPole-v99", "`v1`"),
+    (SCRIPTS, "--env-id CartPol-v1", "CartPole"),
+    (SCRIPTS, "--env-id CartPole-v99", "v1"),
     (SCRIPTS, "--env-id no_such_module:CartPole-v1", "no_such_module"),
     (SCRIPTS, toy("NoSuchToy"), "doesn't exist"),
     (SCRIPTS, "--env-id=", "ID"),
+    (JAX, "--env-id CartPol-v1 --env-backend gymnax", "did you mean `CartPole-v1`"),
+    (JAX, "--env-id Breakout-MinAtr", "did you mean `Breakout-MinAtar`"),
+    (JAX, "--env-id NoSuchThing-v0 --env-backend gymnax", "not in registered gymnax environments"),
+    (SCRIPTS, f"--exp-name {'x' * 101}", "longer than 100 characters"),
+    (SCRIPTS, f"--env-id {'x' * 5000}", "doesn't exist"),
     (SCRIPTS, toy("Image"), "Box(0, 255, (8, 8, 3), uint8) need a convolutional network"),
     (SCRIPTS, toy("SequenceObs"), "Sequence("),
     (SCRIPTS, toy("GraphObs"), "Graph("),
@@ -139,7 +149,7 @@ def test_one_line(script, words, text, main, tmp_path):
     flag, _, values = words.replace("=", " ").partition(" ")
     check(status, err, flag, text)
     wrong = values.split()[-1:]  # of several hidden sizes the last
-    assert not wrong or flag == "--temperature" or wrong[0] in err
+    assert not wrong or flag == "--temperature" or wrong[0] in err or repr(wrong[0]) in err
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +176,7 @@ def test_video_of_what_cannot_be_rendered(script, main, tmp_path):
 
 
 @rows(
-    [(SCRIPTS, "--gamma 2", "[0, 1]"), (SCRIPTS, "--env-id CartPol-v1", "`CartPole`"), (SCRIPTS, "--eval-only", "")],
+    [(SCRIPTS, "--gamma 2", "[0, 1]"), (SCRIPTS, "--env-id CartPol-v1", "CartPole"), (SCRIPTS, "--eval-only", "")],
     jax_later=True,
 )
 def test_as_a_program(script, words, text, tmp_path):
@@ -246,8 +256,8 @@ def structures(script: str) -> list[bytes]:
 def test_unreadable_checkpoint(script, main, saved, tmp_path):
     good, bad = saved(script).read_bytes(), tmp_path / saved(script).name
     noise = np.random.default_rng(0).bytes(5_000)
-    # cut off anywhere, no content at all, text, noise, and a good start with noise after it
-    damaged = [good[: len(good) * i // 8] for i in range(8)] + [good[:-1], b"hello\n", noise, good[:2_000] + noise]
+    # cut off at each kB, no content at all, text, noise, and a good start with noise after it
+    damaged = [good[:i] for i in range(0, len(good), 1_024)] + [good[:-1], b"hello\n", noise, good[:2_000] + noise]
     for content in damaged + structures(script):
         bad.write_bytes(content)
         check(*main(script, f"{TINY[script]} --resume {bad}"), "--resume", str(bad))
@@ -270,21 +280,154 @@ class Payload:
 
 
 @pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("as_torch_file", [False, True])
-def test_checkpoint_cannot_run_code(script, as_torch_file, main, saved, tmp_path):
+def test_checkpoint_cannot_run_code(script, as_torch_file, protocol, main, saved, tmp_path):
     bad = tmp_path / saved(script).name
-    bad.write_bytes(pickle.dumps(Payload(), protocol=2))  # torch.load warns of others
+    bad.write_bytes(pickle.dumps(Payload(), protocol=protocol))
     pickle.loads(bad.read_bytes())
     Path("pwned").rmdir()  # which was there: the payload works
     if as_torch_file:
         import torch
 
         good = torch.load(saved(script), weights_only=True) if bad.suffix == ".pt" else {}
-        torch.save(good | {"rng": Payload()}, bad)
+        torch.save(good | {"rng": Payload()}, bad, pickle_protocol=protocol)
         torch.load(bad, weights_only=False)
         Path("pwned").rmdir()
     check(*main(script, f"{TINY[script]} --resume {bad}"), "--resume", "not a readable checkpoint")
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_flipped_bits(script, main, saved, tmp_path):
+    """One bit anywhere: refused in one line, or in a part of the file that carries nothing."""
+    good, bad = saved(script).read_bytes(), tmp_path / saved(script).name
+    module, rng = importlib.import_module(script), np.random.default_rng(0)
+    words = f"{TINY[script]} --eval-only --eval-episodes 0 --resume"
+    agents, refused = [], 0
+    for i, bit in zip(rng.integers(len(good), size=60), rng.integers(8, size=60), strict=True):
+        bad.write_bytes(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1 :])
+        status, err = main(script, f"{words} {bad}")
+        if status:
+            check(status, err, "--resume", str(bad))
+            refused += 1
+        else:
+            args = [module.tyro.cli(module.Args, args=[*words.split(), str(path)]) for path in (bad, saved(script))]
+            agents.append([module.train(x).agent for x in args])
+    assert refused > (55 if script.endswith("_jax") else 20)  # a zip file is padded
+    for pair in agents:
+        ours, theirs = (
+            agent.state_dict().values() if hasattr(agent, "state_dict") else module.jax.tree.leaves(agent)
+            for agent in pair
+        )
+        assert all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(ours, theirs, strict=True))
+
+
+def hostile(script: str, path: Path) -> list[bytes]:
+    """Files of the right structure that declare 10^12 numbers, hold wrong types or are packed."""
+    if script.endswith("_jax"):
+        import msgpack
+        from flax.serialization import msgpack_restore
+
+        saved = msgpack_restore(path.read_bytes())
+        meta, state = saved["meta"], msgpack_restore(saved["state"])
+        huge = msgpack.ExtType(1, msgpack.packb(((10**6, 10**6), "float32", b"0000")))
+        parts = [{"step": huge}, {"variables": huge}, {"key": huge}, {"step": "3"}]
+        contents = [(meta, state | part) for part in parts]
+        contents += [(meta, {}), (re.sub(r'"recent_returns": \[\[', '"recent_returns": [["a", ', meta), state)]
+        # what is no array goes through msgpack alone, with flax's code for arrays
+        from flax.serialization import _msgpack_ext_pack as pack
+
+        packed = [(meta, msgpack.packb(content, default=pack, strict_types=True)) for meta, content in contents]
+        return [msgpack.packb({"meta": m, "state": x, "crc32": zlib.crc32(m.encode() + x)}) for m, x in packed]
+    import io
+
+    import torch
+
+    saved = torch.load(path, weights_only=True)
+    huge = torch.zeros(1).expand(10**6, 10**6)
+    name = next(iter(saved["agent"]))
+    moments = saved["optimizer"]["state"]
+    contents = [
+        saved | {"agent": saved["agent"] | {name: huge}},
+        saved | {"rng": torch.zeros(1, dtype=torch.uint8).expand(10**12)},
+        saved
+        | {
+            "optimizer": saved["optimizer"]
+            | {"state": moments | {0: moments[0] | {"exp_avg": torch.zeros(1).double().expand(10**6, 10**6)}}}
+        },
+        saved | {"recent_returns": ["a"]},
+        saved | {"step": "three"},
+        saved | {"identity": saved["identity"] | {"format": 2}},
+    ]
+    files = [io.BytesIO() for _ in contents]
+    for file, content in zip(files, contents, strict=True):
+        torch.save(content, file)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(files[0], "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in source.infolist():
+            packed.writestr(part.filename, source.read(part))
+    return [file.getvalue() for file in files]
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_huge_shapes_and_wrong_types(script, main, saved, tmp_path):
+    """Refused in one line, without the memory that the file declares: the peak grows by less than 1 GB."""
+    bad, before = tmp_path / saved(script).name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for content in hostile(script, saved(script)):
+        bad.write_bytes(content)
+        check(*main(script, f"{TINY[script]} --resume {bad}"), "--resume", str(bad))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**6  # kB
+
+
+# ================================================ Environments that fail ==============================================
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize(("name", "step"), [("BrokenStart", 0), ("BrokenStep", 3)])
+def test_fault_in_an_environment_process(script, name, step):
+    """A process of its own, as for every user: one line still."""
+    words = f"{TINY[script]} {toy(name)} --seed 1 --async-envs".split()
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *words]
+    process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert f"error: environment 1, its step {step}: " in process.stderr
+    assert Path("runs").exists() == (step > 0)
+
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {blocked!r} else find_spec(name, *rest)
+sys.argv = {argv!r}
+import {script}
+{script}.main()
+"""
+EXTRAS = [
+    ("Box2D", "--env-id LunarLander-v3", "gymnasium[box2d]"),
+    ("mujoco", "--env-id HalfCheetah-v5", "gymnasium[mujoco]"),
+    ("moviepy", "--capture-video", "pip install moviepy"),
+    ("pygame", "--capture-video", "gymnasium[classic-control]"),
+]
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize(("blocked", "words", "text"), EXTRAS)
+def test_missing_extras(script, blocked, words, text, tmp_path):
+    """A package that is not there: the line names the command that installs it, before anything is written."""
+    argv = [f"{script}.py", *TINY[script].split(), *words.split()]
+    code = BLOCKED.format(blocked=[blocked], argv=argv, script=script)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=100)
+    check(process.returncode, process.stderr, "error: --", text)
+    assert "pip install" in process.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # ==================================================== Not a number ====================================================

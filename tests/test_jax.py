@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -320,6 +322,39 @@ def test_module_that_registers_with_gymnax(backend):
     command = [sys.executable, ROOT / "ppo_jax.py", *flags.split()]
     process = subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
     assert "evaluation: " in process.stdout
+
+
+BROKEN = """
+import jax.numpy as jnp
+from gymnax.registration import *
+
+class Broken(cartpole.CartPole):
+    def step_env(self, key, state, action, params):
+        obs, state, reward, *rest = super().step_env(key, state, action, params)
+        bad = (state.time == 5) & (state.x > 0)  # of some environments
+        return {}, state, {}, *rest
+"""
+BROKEN_CODE = {
+    "obs": ("jnp.where(bad, jnp.nan, obs)", "reward"),
+    "reward": ("obs", "jnp.where(bad, -jnp.inf, reward)"),
+}
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[] if s == "ppo_jax" else [pytest.mark.slow]) for s in SCRIPTS]
+)
+@pytest.mark.parametrize("name", BROKEN_CODE)
+def test_numbers_that_are_not_finite(script, name, monkeypatch):
+    """From within the compiled program too: what, in which environment, at which step, and which checkpoint."""
+    module = importlib.import_module(script)
+    namespace = {}
+    exec(BROKEN.format(*BROKEN_CODE[name]), namespace)
+    monkeypatch.setattr(gymnax, "make", lambda env_id: (namespace["Broken"](), namespace["Broken"]().default_params))
+    flags = small_args(module, env_backend="gymnax", total_timesteps=4096)
+    with pytest.raises(FloatingPointError) as raised:
+        module.train(flags)
+    assert re.match(rf"iteration \d+: (next_)?{name} of environment \d+ by step \d+, ", str(raised.value))
+    assert "no checkpoint was saved" in str(raised.value)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

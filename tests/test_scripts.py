@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import gymnasium as gym
 import numpy as np
@@ -263,6 +264,26 @@ def test_one_seed_one_result(script, finished):
 
 
 @each_script
+def test_plumbing_changes_nothing(script, finished, monkeypatch):
+    """Nor do the numbers depend on how often is saved, on the evaluation, on the progress bar or on the log."""
+    expected = finished(script).result.agent
+    for flags in (
+        {"save_every": 1},
+        {"save_every": 0},
+        {"eval_episodes": 0},
+        {"eval_episodes": 5, "eval_sample": True},
+    ):
+        assert same(run(script, **flags).agent, expected), flags
+    monkeypatch.setenv("TQDM_DISABLE", "0" if os.environ.get("TQDM_DISABLE") == "1" else "1")
+    assert same(run(script).agent, expected)
+    if script.endswith("_jax"):
+        monkeypatch.setattr("tensorboardX.SummaryWriter", MagicMock())
+    else:
+        monkeypatch.setattr(importlib.import_module(script), "SummaryWriter", MagicMock())
+    assert same(run(script).agent, expected)
+
+
+@each_script
 def test_async_envs_change_nothing(script, finished):
     flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
     expected = run(script, **flags).agent if flags else finished(script).result.agent
@@ -413,6 +434,7 @@ def test_capture_video(script, monkeypatch):
     pytest.importorskip("moviepy")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     result = run(script, capture_video=True, total_timesteps=128, eval_episodes=2)
+    assert same(result.agent, run(script, total_timesteps=128).agent)
     videos = list((result.run_dir / "videos").glob("*.mp4"))
     assert len(videos) == 2 and all(b"ftyp" in video.read_bytes()[:12] for video in videos)
 
@@ -550,6 +572,9 @@ def test_second_interrupt_stops_at_once(script):
     signal.signal(signal.SIGINT, previous)
 
 
+BACKEND = {"_jax": ("--env-backend", "gymnasium")}
+
+
 def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
     """Start a run that would take days, press Ctrl-C at its progress bar. Returns its status, stdout and stderr.
 
@@ -575,7 +600,10 @@ def test_ctrl_c(script):
     assert result.episode_steps.min() > int(step)
 
 
-def test_ctrl_c_with_environment_processes():
-    status, _, err = interrupt("ppo", "--async-envs", group=True)
+@each_script
+def test_ctrl_c_with_environment_processes(script):
+    status, _, err = interrupt(script, "--async-envs", *BACKEND.get(script[-4:], ()), group=True)
     assert "Traceback" not in err and "error" not in err, err
-    assert status == 130 and "go on with --resume" in err
+    path = re.search(r"^stopped at step \d+, go on with --resume (\S+)$", err, re.MULTILINE).group(1)
+    flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
+    assert status == 130 and run(script, resume=path, eval_only=True, **flags).run_dir == Path(path)
