@@ -1,13 +1,13 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flax>=0.10,<0.13",
+#     "flax>=0.11,<0.13",
 #     "gymnasium>=1.1,<1.4",
 #     "gymnax>=1.0,<1.1",
-#     "jax>=0.6,<0.11",
+#     "jax>=0.7,<0.11",
 #     "numpy>=1.26,<3",
 #     "optax>=0.2.6,<0.3",
-#     "six",
+#     "six>=1.16",
 #     "tensorboardX>=2.6,<3",
 #     "tqdm>=4.66,<5",
 #     "tyro>=0.9,<2",
