@@ -188,14 +188,14 @@ class Named(gym.Wrapper):
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.steps = index, 0
+        self.index, self.steps, self.shape = index, 0, env.observation_space.shape
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            obs, *rest = method(*args, **kwargs)
-            if np.shape(obs) != self.observation_space.shape:
-                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
-            return obs, *rest
+            outcome = method(*args, **kwargs)
+            if np.shape(outcome[0]) != self.shape:
+                raise ValueError(f"observation of shape {np.shape(outcome[0])}, not {self.shape}")
+            return outcome
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
@@ -239,11 +239,12 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     """N environments, each reset within the step that ends its episode: no step is spent on a reset."""
     for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
         make_env(args, render_mode=render_mode).close()
-    env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
+    (rank, size), same_step = processes(), gym.vector.AutoresetMode.SAME_STEP
+    own = range(rank * args.num_envs // size, (rank + 1) * args.num_envs // size)
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     if args.async_envs:
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
-    return vector_env(env_fns[:: processes()[1]], autoreset_mode=same_step, copy=False)
+    return vector_env([partial(make_env, args, i) for i in own], autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:

@@ -174,14 +174,14 @@ class Named(gym.Wrapper):
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
-        self.index, self.steps = index, 0
+        self.index, self.steps, self.shape = index, 0, env.observation_space.shape
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            obs, *rest = method(*args, **kwargs)
-            if np.shape(obs) != self.observation_space.shape:
-                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.observation_space.shape}")
-            return obs, *rest
+            outcome = method(*args, **kwargs)
+            if np.shape(outcome[0]) != self.shape:
+                raise ValueError(f"observation of shape {np.shape(outcome[0])}, not {self.shape}")
+            return outcome
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error

@@ -81,6 +81,19 @@ def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
     return "\n".join([*lines, "\n```", *commands, "```\n"])
 
 
+def long_runs(rows: list[dict[str, str]]) -> str:
+    """What `long_run.py` saw: a row per run, each quantity after five minutes and at the end."""
+    lines = ["## Long runs\n", "CartPole-v1, default flags, side by side; after five minutes and at the end.\n"]
+    lines += ["| run | minutes | steps | resident memory, MB | open files | processor seconds per 1,000 steps |"]
+    lines += ["|---" * 6 + "|"]
+    for name in dict.fromkeys(row["run"] for row in rows):
+        of_run = [row for row in rows if row["run"] == name]
+        early = min(of_run, key=lambda row: abs(float(row["minute"]) - 5))
+        pairs = (f"{early[key]}, {of_run[-1][key]}" for key in ("memory", "files", "seconds_per_1000"))
+        lines += [f"| {name} | {of_run[-1]['minute']} | {int(of_run[-1]['step']):,} | {' | '.join(pairs)} |"]
+    return "\n".join(lines) + "\n"
+
+
 def main(table: Path = HERE / "experiments.toml", results: Path = HERE / "results", out: Path = HERE / "RESULTS.md"):
     """Write `out` from the experiments of `table` that have results."""
     groups = {}
@@ -90,7 +103,8 @@ def main(table: Path = HERE / "experiments.toml", results: Path = HERE / "result
             groups.setdefault(e.table, []).append((e, rows))
     made_with = json.loads((results / "machine.json").read_text())
     header = HEADER + ", ".join(f"{name} {value}" for name, value in made_with.items()) + ".\n"
-    out.write_text("\n".join([header, *map(section, groups.values())]))
+    watched = read(results / "long_run.csv")
+    out.write_text("\n".join([header, *map(section, groups.values()), *([long_runs(watched)] if watched else [])]))
 
 
 if __name__ == "__main__":
