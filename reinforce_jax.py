@@ -814,8 +814,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
-    os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
+    # XLA's threads wait for each other: small products, shared out, take twice as long. And 128 agents hang on two, and
+    # on three that two devices share. So it is one, or many.
+    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes) ** 2 <= 2**19
+    os.environ.setdefault("NPROC", str(1 if small else max(3 * parts, cores)))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)

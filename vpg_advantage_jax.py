@@ -881,7 +881,8 @@ def learn(
     from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
 
     episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
-    step = first_step = int(fetch(state.step).min())
+    step, iteration = (int(fetch(x).min()) for x in (state.step, state.iteration))
+    first_step, ahead = step, None
     stopped, hidden = 0, StringIO() if jax.process_index() else None  # the progress of one host is that of all
     start = time.perf_counter()
     with (
@@ -890,11 +891,15 @@ def learn(
         tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), step)
-        while step < args.last_step and not stopped:
+        while step < args.last_step and (ahead or not stopped):
             lr = learning_rate(step, args)
-            state, batch, metrics = train_step(state)
-            batch, metrics, iteration = fetch((batch, metrics, state.iteration))
-            step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
+            state, *outcome = ahead or train_step(state)
+            step, iteration = step + args.batch_size, iteration + 1
+            to_save = args.save_every and iteration % args.save_every == 0
+            # A compiled iteration runs while Python logs the one before it, unless that is saved or may be the last.
+            wait = state.env is None or to_save or stopped or args.target_return is not None or step >= args.last_step
+            ahead = None if wait else train_step(state)
+            batch, metrics = fetch(outcome)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             for name in ("obs", "reward", "next_obs"):
                 for s, t, n, *_ in np.argwhere(~np.isfinite(getattr(batch, name)))[:1]:
@@ -923,7 +928,7 @@ def learn(
             bar.set_postfix_str(shown, refresh=False)
             bar.update(min(step, args.last_step) - bar.n)
 
-            if args.save_every and iteration % args.save_every == 0:
+            if to_save:
                 save(state, recent_returns, args, run_dir)
                 writer.flush()
             full = all(len(returns) == args.return_window for returns in recent_returns)
@@ -952,8 +957,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads wait for each other: 128 agents hang on two, and on three that two devices share; many are slow
-    os.environ.setdefault("NPROC", str(max(3 * parts, cores)))
+    # XLA's threads wait for each other: small products, shared out, take twice as long. And 128 agents hang on two, and
+    # on three that two devices share. So it is one, or many.
+    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes) ** 2 <= 2**19
+    os.environ.setdefault("NPROC", str(1 if small else max(3 * parts, cores)))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)

@@ -130,7 +130,7 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
     class LogWrapper(gymnax.wrappers.LogWrapper):
         def step(self, *args):
             obs, state, reward, terminated, truncated, info = super().step(*args)
-            names = ("returned_episode_returns", "returned_episode_lengths", "timestep", "returned_episode")
+            names = ("returned_episode_returns", "returned_episode_lengths", "returned_episode")
             return obs, state, reward, terminated | truncated, {name: info[name] for name in names}
 
     flatten = gymnax.wrappers.FlattenObservationWrapper
