@@ -56,6 +56,7 @@ class Experiment:
     seeds: int
     shows: str = ""
     why: str = ""
+    published: str = ""
     minutes: float | None = None
     one_program: bool = False
     threshold: float | None = None

@@ -9,7 +9,7 @@ turns, A B A B. Steps per second are those after the first third of a run, so ne
 "start" is the time from the start of the process to the end of its first update. CleanRL and PureJaxRL are read from
 checkouts that are named on the command line; without them their rows stay as they were.
 
-Writes results/speed.csv, results/scaling.csv, SPEED.md and speed.png beside this file.
+Writes results/speed.csv, results/parts.csv, results/scaling.csv, SPEED.md and speed.png beside this file.
 """
 
 import builtins
@@ -25,16 +25,18 @@ import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from gymnasium.vector import SyncVectorEnv
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -77,6 +79,28 @@ def ours(script: str, **flags) -> Marks:
     module.tqdm = Recorder
     module.train(module.Args(**flags))
     return marks
+
+
+def parts(script: str, **flags) -> dict[str, float]:
+    """Microseconds per environment step that a PyTorch script spends in the parts of its loop."""
+    module, spent = __import__(script), Counter()
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            outcome = function(*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+            return outcome
+
+        return call
+
+    for owner, name in ((module, "learn"), (module, "rollout"), (module, "update"), (SyncVectorEnv, "step")):
+        setattr(owner, name, timed(name, getattr(owner, name)))
+    module.train(module.Args(**flags))
+    rest = spent["learn"] - spent["rollout"] - spent["update"]
+    seconds = {"environments": spent["step"], "policy": spent["rollout"] - spent["step"]}
+    seconds |= {"update": spent["update"], "log and checkpoint": rest}
+    return {name: x / flags["total_timesteps"] * 1e6 for name, x in seconds.items()}
 
 
 def cleanrl(path: str, steps: int) -> Marks:
@@ -149,8 +173,8 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
 # ===================================================== Measuring ======================================================
 
 
-def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
-    """Run a program in a fresh process. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
+def in_fresh_process(program: Callable, cores: int, **settings) -> tuple[Any, float, float]:
+    """What the program returns, its memory [MB, at the peak], and when its process was started."""
     command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings])]
     env = os.environ | {"TQDM_MININTERVAL": "0.5"} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +182,12 @@ def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    marks, memory = json.loads(done.stdout.splitlines()[-1])
+    return *json.loads(done.stdout.splitlines()[-1]), start
+
+
+def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
+    """Run a program. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
+    marks, memory, start = in_fresh_process(program, cores, **settings)
     times, steps = np.array(marks).T
     warm = len(marks) // 3 if len(marks) > 2 else 0
     speed = (steps[-1] - steps[warm]) / (times[-1] - times[warm])
@@ -166,11 +195,11 @@ def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
 
 
 def worker(name: str, cores: int, settings: dict) -> None:
-    """In the process that `measure` starts."""
+    """In that process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    marks = globals()[name](**settings)
+    outcome = globals()[name](**settings)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("\n" + json.dumps([marks, memory]))
+    print("\n" + json.dumps([outcome, memory]))
 
 
 @dataclass(frozen=True)
@@ -270,7 +299,7 @@ def merge(path: Path, rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     return list(table.values())
 
 
-def report(speeds: list[dict], scaling: list[dict]) -> None:
+def report(speeds: list[dict], shares: list[dict], scaling: list[dict]) -> None:
     """SPEED.md and speed.png."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -297,6 +326,10 @@ def report(speeds: list[dict], scaling: list[dict]) -> None:
             f"{row['ours_start']} s, {row['peer_start']} s",
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    if shares:
+        lines += ["", "Where the time goes, in microseconds per environment step: default flags, one core.", ""]
+        lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in shares]
     (HERE / "SPEED.md").write_text("\n".join(lines) + "\n")
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for ax, quantity, label in zip(axes, ("speed", "memory"), ("steps per second", "peak memory, MB"), strict=True):
@@ -326,17 +359,23 @@ def main() -> None:
     args = tyro.cli(Args)
     results = HERE / "results"
     speeds = merge(results / "speed.csv", [], ("comparison",))
+    shares = merge(results / "parts.csv", [], ("script",))
     scaling = merge(results / "scaling.csv", [], ("script", "num_envs"))
     for name, pair in pairs(args.cleanrl, args.purejaxrl).items():
         if not args.words or any(word in name for word in args.words):
             row = compare(name, pair, args.repeats * (2 if pair.quantity == "total" else 1))
             print(row, flush=True)
             speeds = merge(results / "speed.csv", [row], ("comparison",))
+    for script in ("reinforce", "vpg_advantage", "ppo"):
+        if not args.words or f"parts/{script}" in args.words:
+            spent, *_ = in_fresh_process(parts, 1, script=script, total_timesteps=100_000, eval_episodes=0)
+            row = {"script": script} | {name: f"{x:.1f}" for name, x in spent.items()}
+            shares = merge(results / "parts.csv", [row], ("script",))
     for script in ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax"):
         if not args.words or f"scaling/{script}" in args.words:
             rows = [scale(script, num_envs) for num_envs in tqdm(args.scaling, script)]
             scaling = merge(results / "scaling.csv", rows, ("script", "num_envs"))
-    report(speeds, scaling)
+    report(speeds, shares, scaling)
 
 
 if __name__ == "__main__":

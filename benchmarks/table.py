@@ -1,11 +1,13 @@
 """Write RESULTS.md: what every finished experiment of experiments.toml came to.
 
-    python benchmarks/table.py
+    python benchmarks/table.py --readme README.md
 
-Means over seeds with 95 % bootstrap intervals.
+Means over seeds with 95 % bootstrap intervals. The README, if named, gets those that have published results to be
+compared with, between its two marks.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -70,7 +72,8 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
 def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
     """One table of experiments.toml: what it shows, a row per script, and the commands."""
     e = group[0][0]
-    lines = [f"## {e.table}\n", f"{e.shows} Settings: {e.why}\n"]
+    shows = " ".join(filter(None, (e.shows, e.published and f"Published: {e.published}.")))
+    lines = [f"## {e.table}\n", f"{shows} Settings: {e.why}\n"]
     lines += ["| script | seeds | training | evaluation | | minutes |", "|---|---|---|---|---|---|"]
     for e, rows in group:
         minutes = column(rows, "seconds").mean() / 60
@@ -78,6 +81,21 @@ def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
         cells += [with_interval(column(rows, "eval_mean")), notes(e, rows), f"{minutes:.1f}"]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
     commands = [rows[0]["command"] for _, rows in group]
+    return "\n".join([*lines, "\n```", *commands, "```\n"])
+
+
+def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
+    """The README's table, and the commands of its rows with their first seed."""
+    lines, commands = (
+        ["| environment, steps | script | training | evaluation | published | seeds |", "|---" * 6 + "|"],
+        [],
+    )
+    for e, rows in (row for group in groups for row in group if row[0].published):
+        env_id = e.flags.split()[1 + e.flags.split().index("--env-id")]
+        cells = [f"{env_id}, {int(rows[0]['steps']):,}", f"`{e.script}.py`", with_interval(column(rows, "return"))]
+        cells += [with_interval(column(rows, "eval_mean")), e.published, len(rows)]
+        lines += ["| " + " | ".join(map(str, cells)) + " |"]
+        commands += [rows[0]["command"]]
     return "\n".join([*lines, "\n```", *commands, "```\n"])
 
 
@@ -94,7 +112,12 @@ def long_runs(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(table: Path = HERE / "experiments.toml", results: Path = HERE / "results", out: Path = HERE / "RESULTS.md"):
+def main(
+    table: Path = HERE / "experiments.toml",
+    results: Path = HERE / "results",
+    out: Path = HERE / "RESULTS.md",
+    readme: Path | None = None,
+):
     """Write `out` from the experiments of `table` that have results."""
     groups = {}
     for e in experiments(table):
@@ -105,6 +128,10 @@ def main(table: Path = HERE / "experiments.toml", results: Path = HERE / "result
     header = HEADER + ", ".join(f"{name} {value}" for name, value in made_with.items()) + ".\n"
     watched = read(results / "long_run.csv")
     out.write_text("\n".join([header, *map(section, groups.values()), *([long_runs(watched)] if watched else [])]))
+    if readme is not None:
+        begin, end = "<!-- written by benchmarks/table.py -->\n", "<!-- until here -->"
+        text = f"{begin}\n{short(list(groups.values()))}\n{end}"
+        readme.write_text(re.sub(f"{begin}.*{end}", lambda _: text, readme.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

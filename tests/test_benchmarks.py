@@ -30,8 +30,9 @@ seeds = 2
 keep = "play"
 
 [pole]
+published = "training 12 (a stick)"
 scripts = ["reinforce_jax"]
-flags = "--total-timesteps 3000 --eval-episodes 3 --hidden-sizes 8"
+flags = "--env-id CartPole-v1 --total-timesteps 3000 --eval-episodes 3 --hidden-sizes 8"
 seeds = 2
 one_program = true
 threshold = 15
@@ -271,6 +272,22 @@ def test_results_table(done, monkeypatch):
     margins = [float(row["eval_mean"]) - float(row["eval_std"]) for row in pole]
     assert f"mean - std >= 5 on {sum(m >= 5 for m in margins)} of 2, lowest {min(margins):.1f}" in text
     assert f"python {sys.version.split()[0]}" in text and "cores" in text
+    assert "\n## pole\n\nPublished: training 12 (a stick). Settings: \n" in text
+
+
+def test_readme_table(done, monkeypatch):
+    """What has a published result, between the marks; a second time, the same; all else as it was."""
+    monkeypatch.chdir(done)
+    begin, end = "# A\n<!-- written by benchmarks/table.py -->\n", "<!-- until here -->\nB\n"
+    Path("README.md").write_text(f"{begin}old{end}")
+    for _ in range(2):
+        table.main(Path("table.toml"), Path("results"), Path("RESULTS.md"), Path("README.md"))
+        text = Path("README.md").read_text()
+        assert text.startswith(begin) and text.endswith(end) and "old" not in text
+        row, command = rows("pole.reinforce_jax")[0]["steps"], rows("pole.reinforce_jax")[0]["command"]
+        assert text.count(f"| CartPole-v1, {int(row):,} | `reinforce_jax.py` | ") == 1
+        assert text.count("| training 12 (a stick) | 2 |\n") == 1 and "walk" not in text and "ppo.py" not in text
+        assert f"\n```\n{command}\n```\n" in text
 
 
 def test_average():
