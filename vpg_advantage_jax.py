@@ -960,7 +960,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     # XLA's threads wait for each other: small products, shared out, take twice as long. And 128 agents hang on two, and
     # on three that two devices share. So it is one, or many.
     small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes) ** 2 <= 2**19
-    os.environ.setdefault("NPROC", str(1 if small else max(3 * parts, cores)))
+    given = os.environ.get("NPROC")
+    os.environ["NPROC"] = given or str(1 if small else max(3 * parts, cores))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)
@@ -973,6 +974,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     except RuntimeError:
         print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
+    if given is None:
+        del os.environ["NPROC"]  # processes started from this one choose for themselves
     share = even_share(args, len(devices))
     if share < len(devices) and jax.process_count() > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: must divide by the {len(devices)} devices of all hosts")

@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -247,6 +248,62 @@ def test_resume_is_exact(script, num_seeds):
     ours = resumed.episode_returns if num_seeds == 1 else resumed.episode_returns[0]
     theirs = straight.episode_returns if num_seeds == 1 else straight.episode_returns[0]
     np.testing.assert_array_equal(ours, theirs[-len(ours) :])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_while_the_next_iteration_runs(script, monkeypatch):
+    """Ctrl-C while an iteration is logged: no iteration is lost from the log or logged twice, and the run resumed ends
+    bit for bit where the uninterrupted one ends."""
+    module = importlib.import_module(script)
+    straight = module.train(small_args(module, eval_episodes=0))
+    log, calls = module.log, []
+
+    def interrupting_log(*args):
+        calls.append(args)
+        log(*args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module, "log", interrupting_log)
+    with pytest.raises(SystemExit) as stopped:
+        module.train(small_args(module, eval_episodes=0, exp_name="stopped"))
+    assert stopped.value.code == 130
+    (run_dir,) = Path("runs").glob("*__stopped__*")
+    resumed = module.train(small_args(module, eval_episodes=0, exp_name="stopped", resume=str(run_dir)))
+    assert 0 < len(resumed.episode_returns) < len(straight.episode_returns)
+    for x, y in zip(leaves(straight.agent), leaves(resumed.agent), strict=True):
+        np.testing.assert_array_equal(x, y)
+    logged = []
+    for run_dir in (straight.run_dir, resumed.run_dir):
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+        tags = ("losses/policy_loss", "charts/episodic_return")
+        logged.append([(e.step, e.value) for tag in tags for e in events.Scalars(tag)])
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_threads(script, monkeypatch):
+    """One where the work is small, else three per device, or as many as there are cores; NPROC overrides. It is set
+    while JAX starts, and no longer."""
+    module = importlib.import_module(script)
+    seen, devices = [], jax.devices()  # started, so that nothing asked for here changes how many there are
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.setattr(jax, "devices", lambda platform: seen.append(os.environ["NPROC"]) or devices)
+    for cores, flags, threads in (
+        (2, {}, "1"),
+        (2, {"num_seeds": 3}, "1"),
+        (2, {"num_seeds": 8}, "6"),
+        (2, {"num_envs": 4096}, "3"),
+        (16, {"num_envs": 4096}, "16"),
+        (2, {"num_envs": 256, "hidden_sizes": (8, 64)}, "3"),
+        (2, {"num_envs": 256, "hidden_sizes": (8, 8)}, "1"),
+    ):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        module.pick_devices(module.Args(**flags))
+        assert seen.pop() == threads and "NPROC" not in os.environ, (cores, flags)
+    monkeypatch.setenv("NPROC", "5")
+    module.pick_devices(module.Args())
+    assert seen.pop() == os.environ["NPROC"] == "5"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
