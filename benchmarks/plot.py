@@ -69,6 +69,15 @@ def load(source: str, results: Path) -> list[Run]:
     return runs
 
 
+def title(panel: str, results: Path) -> str:
+    """The environment of an experiment; a run folder's panel is named after its environment already."""
+    for file in sorted(results.glob(f"{panel}.*.csv")):
+        commands = [row["command"] for row in read(file) if "command" in row]
+        if commands:
+            return commands[0].partition("--env-id ")[2].split()[0]
+    return panel
+
+
 def average(runs: list[Run], x: str, share_above: float | None) -> np.ndarray:
     """[4, points]: x, mean over runs, and the interval of that mean, at the steps at which every run has a value."""
     at = {}
@@ -118,12 +127,16 @@ def curves(
     if one_panel:
         runs = [Run("", f"{run.panel}, {run.label}", run.points) for run in runs]
     figure, axes = panels(list(dict.fromkeys(run.panel for run in runs)))
+    pairs = dict.fromkeys(run.label.removesuffix("_jax") for run in runs)  # PyTorch and JAX in one colour
+    colors = {name: f"C{i}" for i, name in enumerate(pairs)}
     for panel, label in dict.fromkeys((run.panel, run.label) for run in runs):
         group = [run for run in runs if (run.panel, run.label) == (panel, label)]
         xs, mean, low, high = average(group, x, share_above)
-        (line,) = axes[panel].plot(xs, mean, label=f"{label} ({len(group)})")
-        axes[panel].fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis in axes.values():
+        color, style = colors[label.removesuffix("_jax")], "--" if label.endswith("_jax") else "-"
+        axes[panel].plot(xs, mean, style, color=color, label=f"{label} ({len(group)})")
+        axes[panel].fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+    for panel, axis in axes.items():
+        axis.set_title(title(panel, results))
         what = "return, last 100 episodes" if share_above is None else f"share of agents at {share_above:g} or more"
         axis.set(xlabel=NAMES[x], ylabel=what)
         axis.legend(title="script (seeds)")

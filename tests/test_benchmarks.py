@@ -323,6 +323,8 @@ def test_run_folder_and_csv_give_the_same_curve(done, monkeypatch):
     monkeypatch.chdir(done)
     (of_folder,) = plot.load(str(run_dir("ppo", 101)), Path("results"))
     of_csv = plot.load("walk", Path("results"))[1]
+    titles = [plot.title(panel, Path("results")) for panel in ("walk", "pole", "Acrobot-v1")]
+    assert titles == ["envs.point_target:PointTarget-v0", "CartPole-v1", "Acrobot-v1"]
     assert (of_folder.panel, of_folder.label, of_csv.label) == ("envs.point_target:PointTarget-v0", "ppo", "ppo")
     assert [{k: str(v) for k, v in p.items()} for p in of_folder.points] == [
         {k: v for k, v in p.items() if k != "seed"} for p in of_csv.points
