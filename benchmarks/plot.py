@@ -94,7 +94,7 @@ def average(runs: list[Run], x: str, share_above: float | None) -> np.ndarray:
 
 def panels(names: list[str]) -> tuple[plt.Figure, dict[str, plt.Axes]]:
     """A grid of axes, one per name."""
-    columns = min(len(names), COLUMNS)
+    columns = 2 if len(names) == 4 else min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(names) :]:
