@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SMALL = ["--num-envs", "4", "--num-steps", "16", "--total-timesteps", "640", "--eval-episodes", "3"]
 
-actor_critic = pytest.mark.parametrize("script", ["vpg_advantage", "ppo"])
+actor_critic = pytest.mark.parametrize("script", [pytest.param("vpg_advantage", marks=pytest.mark.slow), "ppo"])
 
 
 def run(*command, cwd, **environment):

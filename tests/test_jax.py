@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SCRIPTS = ("reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 ROOT = Path(__file__).parent.parent
+# What takes long and is the same code in all: ppo_jax among the fast tests, the others among the slow ones.
+MOSTLY_SLOW = [pytest.param(s, marks=[] if s == "ppo_jax" else pytest.mark.slow) for s in SCRIPTS]
 
 
 def small_args(module, **flags):
@@ -122,7 +124,7 @@ def test_each_program_compiles_once(script, backend, monkeypatch):
     assert len(sizes) >= 3 and set(sizes.values()) == {1}, sizes
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_seeds_follow_their_single_runs(script):
     """Agent i of --num-seeds starts as the run of seed + i and is where that one is after ten iterations."""
     module = importlib.import_module(script)
@@ -137,7 +139,7 @@ def test_seeds_follow_their_single_runs(script):
     assert not np.array_equal(both.episode_returns[0], both.episode_returns[1])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_seeds_share_the_devices(script):
     """Four agents on two devices are what they are on one, each device having two of them."""
     module = importlib.import_module(script)
@@ -162,7 +164,7 @@ np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, *resu
     assert [module.even_share(args, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
 
 
-@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s == "ppo_jax" else pytest.mark.slow) for s in SCRIPTS])
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_seeds_share_the_hosts(script, tmp_path):
     """Two processes, connected by jax.distributed, train the four agents that one trains; the first of them writes the
     one folder and speaks."""
@@ -200,7 +202,7 @@ def test_seeds_share_the_hosts(script, tmp_path):
         np.testing.assert_allclose(one, two, atol=1e-4)
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("script", MOSTLY_SLOW[1:])
 def test_environments_share_the_devices(script):
     """--shard-envs: one agent with three of its six environments on each of two devices is what it is on one, and its
     program is compiled once."""
