@@ -602,10 +602,15 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     }
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    with (run_dir / "partial.pt").open("wb") as file:
-        file.write(buffer.getvalue())
-        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
-    (run_dir / "partial.pt").replace(run_dir / "checkpoint.pt")
+    partial = run_dir / "partial.pt"
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getvalue())
+            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        raise
+    partial.replace(run_dir / "checkpoint.pt")
 
 
 def load(state: State, args: Args) -> Path:

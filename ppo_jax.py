@@ -711,10 +711,15 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
-    with (run_dir / "partial.msgpack").open("wb") as file:
-        file.write(serialization.msgpack_serialize(checkpoint))
-        os.fsync(file.fileno())  # or a power failure could leave the new name and no content
-    (run_dir / "partial.msgpack").replace(run_dir / "checkpoint.msgpack")
+    partial = run_dir / "partial.msgpack"
+    try:
+        with partial.open("wb") as file:
+            file.write(serialization.msgpack_serialize(checkpoint))
+            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        raise
+    partial.replace(run_dir / "checkpoint.msgpack")
 
 
 def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, Path]:
