@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -272,6 +273,7 @@ def test_interrupted_while_the_next_iteration_runs(script, monkeypatch):
         module.train(small_args(module, eval_episodes=0, exp_name="stopped"))
     assert stopped.value.code == 130
     (run_dir,) = Path("runs").glob("*__stopped__*")
+    time.sleep(1)  # tensorboardX names a log by the second in which it starts
     resumed = module.train(small_args(module, eval_episodes=0, exp_name="stopped", resume=str(run_dir)))
     assert 0 < len(resumed.episode_returns) < len(straight.episode_returns)
     for x, y in zip(leaves(straight.agent), leaves(resumed.agent), strict=True):
