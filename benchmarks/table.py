@@ -86,10 +86,8 @@ def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
 
 def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
     """The README's table, and the commands of its rows with their first seed."""
-    lines, commands = (
-        ["| environment, steps | script | training | evaluation | published | seeds |", "|---" * 6 + "|"],
-        [],
-    )
+    columns = ("environment, steps", "script", "training", "evaluation", "published", "seeds")
+    lines, commands = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], []
     for e, rows in (row for group in groups for row in group if row[0].published):
         env_id = e.flags.split()[1 + e.flags.split().index("--env-id")]
         cells = [f"{env_id}, {int(rows[0]['steps']):,}", f"`{e.script}.py`", with_interval(column(rows, "return"))]
