@@ -9,7 +9,8 @@ turns, A B A B. Steps per second are those after the first third of a run, so ne
 "start" is the time from the start of the process to the end of its first update. CleanRL and PureJaxRL are read from
 checkouts that are named on the command line; without them their rows stay as they were.
 
-Writes results/speed.csv, results/parts.csv, results/scaling.csv, SPEED.md and speed.png beside this file.
+Writes results/speed.csv, results/parts.csv, results/scaling.csv, SPEED.md and speed.png beside this file, and with
+--readme README.md the table of comparisons between its marks there.
 """
 
 import builtins
@@ -33,7 +34,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from gymnasium.vector import SyncVectorEnv
@@ -299,8 +299,12 @@ def merge(path: Path, rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     return list(table.values())
 
 
-def report(speeds: list[dict], shares: list[dict], scaling: list[dict]) -> None:
-    """SPEED.md and speed.png."""
+def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: Path | None) -> None:
+    """SPEED.md, speed.png and the README's table."""
+    import matplotlib.pyplot as plt  # here, for what is imported above counts as a worker's time to start
+
+    from benchmarks.table import put_into
+
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     cpu = names[0] if names else platform.machine()
@@ -326,6 +330,8 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict]) -> None:
             f"{row['ours_start']} s, {row['peer_start']} s",
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    if readme is not None:
+        put_into(readme, "speed.py", "\n".join(lines))
     if shares:
         lines += ["", "Where the time goes, in microseconds per environment step: default flags, one core.", ""]
         lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
@@ -353,6 +359,7 @@ class Args:
     purejaxrl: str | None = None  # checkout of luchris429/purejaxrl
     repeats: int = 5  # pairs; of the times to solve twice as many
     scaling: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)  # numbers of environments
+    readme: Path | None = None  # where to put the table of comparisons
 
 
 def main() -> None:
@@ -375,7 +382,7 @@ def main() -> None:
         if not args.words or f"scaling/{script}" in args.words:
             rows = [scale(script, num_envs) for num_envs in tqdm(args.scaling, script)]
             scaling = merge(results / "scaling.csv", rows, ("script", "num_envs"))
-    report(speeds, shares, scaling)
+    report(speeds, shares, scaling, args.readme)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,13 @@ def long_runs(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def put_into(readme: Path, script: str, text: str) -> None:
+    """Replace what stands between this script's mark in the README and the next end mark."""
+    begin, end = f"<!-- written by benchmarks/{script} -->\n", "<!-- until here -->"
+    new = f"{begin}\n{text}\n{end}"
+    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: new, readme.read_text(), flags=re.DOTALL))
+
+
 def main(
     table: Path = HERE / "experiments.toml",
     results: Path = HERE / "results",
@@ -127,9 +134,7 @@ def main(
     watched = read(results / "long_run.csv")
     out.write_text("\n".join([header, *map(section, groups.values()), *([long_runs(watched)] if watched else [])]))
     if readme is not None:
-        begin, end = "<!-- written by benchmarks/table.py -->\n", "<!-- until here -->"
-        text = f"{begin}\n{short(list(groups.values()))}\n{end}"
-        readme.write_text(re.sub(f"{begin}.*{end}", lambda _: text, readme.read_text(), flags=re.DOTALL))
+        put_into(readme, "table.py", short(list(groups.values())))
 
 
 if __name__ == "__main__":

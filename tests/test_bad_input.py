@@ -22,6 +22,7 @@ JAX = tuple(script for script in SCRIPTS if script.endswith("_jax"))
 PPO = tuple(script for script in SCRIPTS if script.startswith("ppo"))
 SLOW = {script: [pytest.mark.slow] if script.endswith("_jax") else [] for script in SCRIPTS}  # what has to compile
 JAX_LATER = [pytest.param(script, marks=marks) for script, marks in SLOW.items()]
+PPO_FIRST = [pytest.param(script, marks=[] if script == "ppo" else pytest.mark.slow) for script in SCRIPTS]
 ROOT = Path(__file__).parents[1]
 SMALL = "--num-envs 2 --hidden-sizes 8 --eval-episodes 1 --total-timesteps 64 "
 TINY = {script: SMALL + "--num-steps 16 --num-minibatches 2 --save-every 1" for script in ACTOR_CRITIC}
@@ -178,7 +179,7 @@ def test_video_of_what_cannot_be_rendered(script, main, tmp_path):
 
 
 @rows(
-    [(SCRIPTS, "--gamma 2", "[0, 1]"), (SCRIPTS, "--env-id CartPol-v1", "CartPole"), (SCRIPTS, "--eval-only", "")],
+    [(SCRIPTS, "--gamma 2", "[0, 1]"), (PPO, "--env-id CartPol-v1", "CartPole"), (PPO, "--eval-only", "")],
     jax_later=True,
 )
 def test_as_a_program(script, words, text, tmp_path):
@@ -384,7 +385,7 @@ def test_huge_shapes_and_wrong_types(script, main, saved, tmp_path):
 # ================================================ Environments that fail ==============================================
 
 
-@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("script", PPO_FIRST)
 @pytest.mark.parametrize(("name", "step"), [("BrokenStart", 0), ("BrokenStep", 3)])
 def test_fault_in_an_environment_process(script, name, step):
     """A process of its own, as for every user: one line still."""
@@ -419,7 +420,7 @@ EXTRAS = [
 ]
 
 
-@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("script", PPO_FIRST)
 @pytest.mark.parametrize(("blocked", "words", "text"), EXTRAS)
 def test_missing_extras(script, blocked, words, text, tmp_path):
     """A package that is not there: the line names the command that installs it, before anything is written."""

@@ -155,7 +155,8 @@ def test_store_drops_what_is_not_finished():
     assert run.finished(e, out) == {100, 101}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interruption(number):
     """Killed in the second of two runs: that one is run again, the first is not."""
     flags = "--env-id envs.point_target:PointTarget-v0 --total-timesteps 20480 --eval-episodes 0 --hidden-sizes 8"

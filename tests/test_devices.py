@@ -86,6 +86,7 @@ def test_two_processes_do_what_one_does(script, tmp_path):
         assert steps[0][0] < 10 * 5 * 4
 
 
+@pytest.mark.slow
 @actor_critic
 def test_torchrun(script, tmp_path):
     """One folder, one evaluation, episodes of all environments, and it resumes."""

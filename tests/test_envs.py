@@ -155,7 +155,8 @@ def test_gymnax_twin(dimensions):
 RUN = ["--env-id", "envs.point_target:PointTarget-v0", "--total-timesteps", "2048", "--eval-episodes", "2"]
 
 
-@pytest.mark.parametrize("script", [pytest.param("reinforce_jax", marks=pytest.mark.slow), "ppo_jax"])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["reinforce_jax", "ppo_jax"])
 def test_jax_scripts_run_it_in_graph(script):
     """--num-seeds is possible in the compiled program alone."""
     command = [sys.executable, ROOT / f"{script}.py", *RUN, "--num-seeds", "2"]

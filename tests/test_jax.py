@@ -107,7 +107,7 @@ def test_gymnax_time_limit(env_id):
 
 
 @pytest.mark.parametrize("backend", ["gymnax", "gymnasium"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_each_program_compiles_once(script, backend, monkeypatch):
     """Every function that a run compiles serves all its iterations, from the first state to the last."""
     import gymnax.wrappers  # noqa: F401, so that it compiles nothing of its own under the recorder
@@ -165,7 +165,8 @@ np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, *resu
     assert [module.even_share(args, n) for n in (1, 2, 3, 6, 64)] == [1, 2, 2, 4, 8]
 
 
-@pytest.mark.parametrize("script", MOSTLY_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_seeds_share_the_hosts(script, tmp_path):
     """Two processes, connected by jax.distributed, train the four agents that one trains; the first of them writes the
     one folder and speaks."""
@@ -203,7 +204,8 @@ def test_seeds_share_the_hosts(script, tmp_path):
         np.testing.assert_allclose(one, two, atol=1e-4)
 
 
-@pytest.mark.parametrize("script", MOSTLY_SLOW[1:])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_environments_share_the_devices(script):
     """--shard-envs: one agent with three of its six environments on each of two devices is what it is on one, and its
     program is compiled once."""
@@ -230,7 +232,7 @@ np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, resul
         np.testing.assert_allclose(one[name], two[name], atol=1e-4)
 
 
-@pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.parametrize("num_seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_is_exact(script, num_seeds):
     """A run resumed from the checkpoint of its middle ends bit for bit where the uninterrupted one ends."""
@@ -254,7 +256,7 @@ def test_resume_is_exact(script, num_seeds):
     np.testing.assert_array_equal(ours, theirs[-len(ours) :])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_interrupted_while_the_next_iteration_runs(script, monkeypatch):
     """Ctrl-C while an iteration is logged: no iteration is lost from the log or logged twice, and the run resumed ends
     bit for bit where the uninterrupted one ends."""
@@ -311,7 +313,7 @@ def test_threads(script, monkeypatch):
     assert seen.pop() == os.environ["NPROC"] == "5"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_eval_only_evaluates_each_agent(script, capsys):
     """The checkpoint of several agents: a line for each, and the numbers of the run's own evaluation."""
     module = importlib.import_module(script)
@@ -323,7 +325,7 @@ def test_eval_only_evaluates_each_agent(script, capsys):
     assert [f"seed {seed}: evaluation" in capsys.readouterr().out or seed for seed in (1,)] == [True]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_log_of_many_seeds(script):
     """Mean and 95 % interval over seeds at every iteration, and the final mean return of each seed under its number."""
     result = importlib.import_module(script).train(small_args(importlib.import_module(script), seed=7, num_seeds=3))
@@ -376,7 +378,7 @@ def test_backend(env_id, expected):
     assert not module.uses_gymnax(module.Args(env_id=env_id, env_backend="gymnasium"))
 
 
-@pytest.mark.parametrize("backend", ["gymnax", "auto"])
+@pytest.mark.parametrize("backend", [pytest.param("gymnax", marks=pytest.mark.slow), "auto"])
 def test_module_that_registers_with_gymnax(backend):
     """module:Id imports the module first, whichever way gymnax is chosen."""
     Path("mine.py").write_text("from gymnax.registration import *\nregister('Mine-v0', cartpole.CartPole)\n")

@@ -41,6 +41,9 @@ CHARTS = {"episodic_return", "episodic_length", "SPS", "learning_rate"}
 
 JAX_LATER = [pytest.param(s, marks=[pytest.mark.slow] if s.endswith("_jax") else []) for s in SCRIPTS]
 each_script = pytest.mark.parametrize("script", JAX_LATER)  # compiling takes seconds: with -m slow
+ppo_first = pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[] if s == "ppo" else [pytest.mark.slow]) for s in SCRIPTS]
+)
 each_script_now = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -600,7 +603,7 @@ def test_ctrl_c(script):
     assert result.episode_steps.min() > int(step)
 
 
-@each_script
+@ppo_first
 def test_ctrl_c_with_environment_processes(script):
     status, _, err = interrupt(script, "--async-envs", *BACKEND.get(script[-4:], ()), group=True)
     assert "Traceback" not in err and "error" not in err, err
