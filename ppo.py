@@ -83,10 +83,10 @@ class Args:
 
     exp_name: str = "ppo"  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
-    seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
+    seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    compile: bool = False  # torch.compile the policy and the loss: many seconds to start, then faster
+    compile: bool = False  # torch.compile the loss, on a GPU the policy too: seconds to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -100,7 +100,7 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
-    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
@@ -153,7 +153,7 @@ def check_args(args: Args) -> None:
     if args.batch_size % args.num_minibatches:
         raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the batch of {args.batch_size} steps")
     if args.num_envs % processes()[1] or args.minibatch_size % processes()[1]:
-        raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide by the number of processes")
+        raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide evenly among the processes")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
@@ -277,7 +277,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rows of x, [..., size], in deviations from the mean."""
+        """The rows of x, [..., size], in standard deviations from the mean."""
         return (x - self.mean) / (self.var + 1e-8).sqrt()
 
     def update(self, x: Tensor) -> None:
@@ -406,7 +406,7 @@ def gae(
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    adv, following = [], torch.zeros_like(delta[0])
+    adv, following = [], torch.zeros_like(delta[0])  # a list, for indexing tensors takes as long as the arithmetic
     for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         following = delta_t + decay_t * following
@@ -488,9 +488,7 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
             episode_length[t] = info["final_info"]["episode"]["l"]
     state.obs = current
     step = state.step + args.num_envs * np.arange(1, args.num_steps + 1)
-    batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
-    check_finite(batch)
-    return state, batch
+    return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
 
 def gather(part: Any) -> list:
@@ -573,6 +571,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     if args.norm_obs:  # not before: the policy that learns must be the one that played
         agent.obs_stats.update(batch.obs)
     metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
+    metrics = {name: float(np.mean([m[name] for m in gather(metrics)])) for name in metrics}
     metrics["explained_variance"] = 1 - ((ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)).item()
     state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
     return state, metrics
@@ -721,6 +720,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             state, batch = rollout(state, envs, args)
             parts = zip(*gather(batch), strict=True)  # from here on every process has the same batch
             batch = Batch(*(np.concatenate(xs, 1) if xs[0].ndim > 1 else xs[0] for xs in parts))
+            check_finite(batch)
             state, metrics = update(state, batch, args)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
@@ -735,7 +735,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
                 writer.add_scalar(f"losses/{name}", value, state.step)
             writer.add_scalar("charts/learning_rate", lr, state.step)
             writer.add_scalar("charts/SPS", (state.step - first_step) / (time.perf_counter() - start), state.step)
-            mean_return = sum(state.recent_returns) / max(len(state.recent_returns), 1)
+            mean_return = sum(state.recent_returns) / (len(state.recent_returns) or math.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(min(state.step, args.last_step) - bar.n)
 
@@ -747,8 +747,9 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
                 break
             stopped = max(gather(stop.number))
         save(state, args, run_dir)
+        stopped = max(gather(stop.number))  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=sys.stderr)
+        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
 

@@ -94,7 +94,7 @@ class Args:
     exp_name: str = "ppo_jax"  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any gymnax or Gymnasium id; module:Id imports the module first
     env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
-    seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
+    seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(200_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
@@ -112,7 +112,7 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(4, "[1, inf)")  # environments side by side (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
-    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
@@ -352,7 +352,7 @@ class RunningMeanStd(nn.Module):
         self.count = self.variable("stats", "count", jnp.zeros, ())
 
     def __call__(self, x: Array) -> Array:
-        """The rows of x, [..., size], in deviations from the mean."""
+        """The rows of x, [..., size], in standard deviations from the mean."""
         return (x - self.mean.value) / jnp.sqrt(self.var.value + 1e-8)
 
     def update(self, x: Array) -> None:
@@ -403,8 +403,8 @@ class Agent(nn.Module):
         out = self.actor(self.normalize(obs))
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
-            return (out + jax.random.gumbel(key, out.shape)).argmax(-1)
+        if self.discrete:
+            return jax.random.categorical(key, out)
         return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
     def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
@@ -948,9 +948,9 @@ def learn(
             scalars = [(f"losses/{name}", value.mean()) for name, value in metrics.items()]
             sps = args.num_seeds * (step - first_step) / (time.perf_counter() - start)
             scalars += [("charts/learning_rate", lr), ("charts/SPS", sps)]
-            mean_returns = np.array([sum(returns) / max(len(returns), 1) for returns in recent_returns])
+            mean_returns = np.array([sum(returns) / (len(returns) or math.nan) for returns in recent_returns])
             shown = f"return {mean_returns.mean():.1f}"
-            if args.num_seeds > 1:
+            if args.num_seeds > 1 and all(recent_returns):
                 interval = 1.96 * mean_returns.std(ddof=1) / math.sqrt(args.num_seeds)
                 shown += f" ± {interval:.1f} over {args.num_seeds} seeds"
                 scalars += [("charts/episodic_return", mean_returns.mean()), ("charts/episodic_return_95", interval)]
@@ -969,8 +969,9 @@ def learn(
             for s, mean_return in enumerate(mean_returns):
                 log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
+        stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {step}, go on with --resume {run_dir}", file=sys.stderr)
+        print(f"stopped at step {step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
 
@@ -987,9 +988,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads wait for each other: small products, shared out, take twice as long. And 128 agents hang on two, and
-    # on three that two devices share. So it is one, or many.
-    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes) ** 2 <= 2**19
+    # XLA's threads wait for each other: small products, shared out, take twice as long, and where devices share too few
+    # threads (128 agents: two, or three for two devices) they wait for ever. So it is one, or three per device.
+    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes, default=1) ** 2 <= 2**19
     given = os.environ.get("NPROC")
     os.environ["NPROC"] = given or str(1 if small else max(3 * parts, cores))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
@@ -1008,7 +1009,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
         del os.environ["NPROC"]  # processes started from this one choose for themselves
     share = even_share(args, len(devices))
     if share < len(devices) and jax.process_count() > 1:
-        raise ValueError(f"--num-seeds {args.num_seeds}: must divide by the {len(devices)} devices of all hosts")
+        flag = f"--num-envs {args.num_envs}" if args.shard_envs else f"--num-seeds {args.num_seeds}"
+        raise ValueError(f"{flag}: must divide evenly among the {len(devices)} devices")
     return devices[:share]
 
 

@@ -81,10 +81,10 @@ class Args:
 
     exp_name: str = "reinforce"  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
-    seed: int = bounded(1, "[0, 4294967295]")  # fixes weights, actions, minibatches and environments
+    seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    compile: bool = False  # torch.compile the policy and the loss: many seconds to start, then faster
+    compile: bool = False  # torch.compile the loss, on a GPU the policy too: seconds to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -97,7 +97,7 @@ class Args:
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower it linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # environments side by side, one episode of each per update (N)
-    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, for environments that have none
+    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     temperature: float = bounded(1.0, "(0, inf)")  # of the softmax over Discrete actions, higher explores more
     norm_return: bool = True  # standardise the returns of each update
@@ -377,9 +377,8 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
         if not alive.any():
             break
     step = state.step + mask.sum(1).cumsum().astype(int)
-    batch = Batch(*(x[: t + 1] for x in (obs, action, reward, done, mask, step, episode_return, episode_length)))
-    check_finite(batch)
-    return state, batch
+    played = (obs, action, reward, done, mask, step, episode_return, episode_length)
+    return state, Batch(*(x[: t + 1] for x in played))
 
 
 # ======================================================= Update =======================================================
@@ -556,6 +555,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         while state.step < args.last_step and not stop.number:
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
+            check_finite(batch)
             state, metrics = update(state, batch, args)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             if bad:
@@ -570,7 +570,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
                 writer.add_scalar(f"losses/{name}", value, state.step)
             writer.add_scalar("charts/learning_rate", lr, state.step)
             writer.add_scalar("charts/SPS", (state.step - first_step) / (time.perf_counter() - start), state.step)
-            mean_return = sum(state.recent_returns) / max(len(state.recent_returns), 1)
+            mean_return = sum(state.recent_returns) / (len(state.recent_returns) or math.nan)
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(min(state.step, args.last_step) - bar.n)
 
@@ -632,11 +632,11 @@ def train(args: Args) -> Result:
                 saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
                 raise type(error)(f"{error}; {saved}") from error
 
-    eval_returns = np.zeros(0)
-    if args.eval_episodes:
-        eval_returns = evaluate(state, args, run_dir)
-        print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
-    print(run_dir)
+        eval_returns = np.zeros(0)
+        if args.eval_episodes:
+            eval_returns = evaluate(state, args, run_dir)
+            print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
+        print(run_dir)
     return Result(
         agent=agent,
         episode_returns=np.array([x for x, _ in episodes]),

@@ -194,6 +194,12 @@ def test_no_time_limit(script):
 
 
 @each_script
+def test_no_hidden_layer(script):
+    """--hidden-sizes without a number: a linear policy."""
+    assert np.isfinite(run(script, hidden_sizes=(), eval_episodes=1).eval_returns).all()
+
+
+@each_script
 @pytest.mark.parametrize(
     ("name", "bounds", "middle", "share"),
     # An untrained Gaussian (mean 0, deviation 1) sees two bounds as -1 and 1 and passes each in 15.9 % of the draws;
