@@ -272,7 +272,7 @@ def compare(name: str, pair: Pair, repeats: int) -> dict:
 
 def scale(script: str, num_envs: int) -> dict:
     """A row of scaling.csv: default flags, but for the environments and 128 steps of each."""
-    iterations = 30 if num_envs <= 64 else 6
+    iterations = int(np.clip(4096 / num_envs, 3, 30))
     num_steps = {} if script.startswith("reinforce") else {"num_steps": 128}
     total = iterations * num_envs * num_steps.get("num_steps", 25)  # untrained, an episode of CartPole is that short
     flags = {"num_envs": num_envs, "total_timesteps": total, "eval_episodes": 0, "save_every": 0, **num_steps}
