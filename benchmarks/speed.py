@@ -179,7 +179,7 @@ def in_fresh_process(program: Callable, cores: int, **settings) -> tuple[Any, fl
     env = os.environ | {"TQDM_MININTERVAL": "0.5"} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return *json.loads(done.stdout.splitlines()[-1]), start
@@ -337,6 +337,8 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: 
         lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
         lines += ["| " + " | ".join(row.values()) + " |" for row in shares]
     (HERE / "SPEED.md").write_text("\n".join(lines) + "\n")
+    if not scaling:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for ax, quantity, label in zip(axes, ("speed", "memory"), ("steps per second", "peak memory, MB"), strict=True):
         for script in dict.fromkeys(row["script"] for row in scaling):
