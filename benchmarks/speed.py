@@ -331,7 +331,7 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: 
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
     if readme is not None:
-        put_into(readme, "speed.py", "\n".join(lines))
+        put_into(readme, "speed.py", "\n".join([*lines, ""]))
     if shares:
         lines += ["", "Where the time goes, in microseconds per environment step: default flags, one core.", ""]
         lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
