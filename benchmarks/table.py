@@ -23,7 +23,8 @@ HEADER = """# Results
 Written by `python benchmarks/table.py` from `benchmarks/results/`, which `python benchmarks/run.py` fills from
 `benchmarks/experiments.toml`. Means over all seeds that were run, 100, 101, ..., in brackets the 95 % bootstrap
 interval of that mean. *Training* is the mean return of the last 100 training episodes, *evaluation* that of fresh
-episodes with the trained agent. Times are those of a whole process: one seed, or all of a command with `--num-seeds`.
+episodes with the trained agent. Times are of a whole process, one seed or all of a command with `--num-seeds`, and
+their median over processes.
 
 Made with """
 
@@ -76,7 +77,7 @@ def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
     lines = [f"## {e.table}\n", f"{shows} Settings: {e.why}\n"]
     lines += ["| script | seeds | training | evaluation | | minutes |", "|---|---|---|---|---|---|"]
     for e, rows in group:
-        minutes = column(rows, "seconds").mean() / 60
+        minutes = np.median(column(rows, "seconds")) / 60
         cells = [f"`{e.script}.py`", len(rows), with_interval(column(rows, "return"))]
         cells += [with_interval(column(rows, "eval_mean")), notes(e, rows), f"{minutes:.1f}"]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
