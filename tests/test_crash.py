@@ -126,7 +126,7 @@ def test_killed_fifty_times(script, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=[pytest.mark.slow] if s.startswith("vpg") else []) for s in SCRIPTS]
+    "script", [pytest.param(s, marks=[] if s.startswith("ppo") else [pytest.mark.slow]) for s in SCRIPTS]
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_disk_fails(script, number, capsys):

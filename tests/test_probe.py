@@ -7,6 +7,7 @@ import pytest
 
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 JAX_LATER = [pytest.param(s, marks=[pytest.mark.slow] if s.endswith("_jax") else []) for s in SCRIPTS]
+POLICIES = [pytest.param(s, marks=[] if s in ("reinforce", "ppo") else [pytest.mark.slow]) for s in SCRIPTS]
 GAMMA = 0.5  # so that a discount that is missing, or one too many, shows
 SETTINGS = {"learning_rate": 0.01, "num_envs": 16, "hidden_sizes": (16,), "gamma": GAMMA, "eval_episodes": 20}
 BATCHES = {"num_steps": 16, "num_minibatches": 4, "gae_lambda": 0.9, "norm_adv": True, "norm_reward": False}
@@ -54,7 +55,7 @@ def test_value(script, name, expected):
     assert values(module, args, result.agent, list(expected)) == pytest.approx(list(expected.values()), abs=0.02)
 
 
-@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("script", POLICIES)
 @pytest.mark.parametrize("name", ["ActionReward", "MatchObs"])
 def test_discrete_policy(script, name):
     """The best action earns 1, the other 0; half of MatchObs's episodes start from either observation."""
@@ -63,7 +64,7 @@ def test_discrete_policy(script, name):
     assert result.episode_returns[:64].mean() < 0.8 < 0.9 < result.episode_returns[-64:].mean()
 
 
-@pytest.mark.parametrize("script", JAX_LATER)
+@pytest.mark.parametrize("script", POLICIES)
 @pytest.mark.parametrize("name", ["ActionRewardContinuous", "MatchObsContinuous"])
 def test_continuous_policy(script, name):
     """The mean action is within 0.1 of the best one, which is 0.5, or half of the observation."""

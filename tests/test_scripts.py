@@ -292,7 +292,7 @@ def test_plumbing_changes_nothing(script, finished, monkeypatch):
     assert same(run(script).agent, expected)
 
 
-@each_script
+@ppo_first
 def test_async_envs_change_nothing(script, finished):
     flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
     expected = run(script, **flags).agent if flags else finished(script).result.agent
@@ -600,7 +600,7 @@ def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
     return process.returncode, out, err + rest
 
 
-@each_script
+@ppo_first
 def test_ctrl_c(script):
     status, out, err = interrupt(script, group=False)
     assert status == 130 and not out and "Traceback" not in err
