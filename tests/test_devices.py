@@ -105,6 +105,7 @@ def test_torchrun(script, tmp_path):
     assert len(list(tmp_path.glob("runs/*"))) == 1
 
 
+@pytest.mark.slow
 def test_processes_play_different_episodes(tmp_path):
     """Neither the environments nor the actions of one process are those of the other."""
     code = (

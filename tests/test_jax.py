@@ -140,7 +140,8 @@ def test_seeds_follow_their_single_runs(script):
     assert not np.array_equal(both.episode_returns[0], both.episode_returns[1])
 
 
-@pytest.mark.parametrize("script", MOSTLY_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_seeds_share_the_devices(script):
     """Four agents on two devices are what they are on one, each device having two of them."""
     module = importlib.import_module(script)
@@ -313,22 +314,12 @@ def test_threads(script, monkeypatch):
     assert seen.pop() == os.environ["NPROC"] == "5"
 
 
-@pytest.mark.parametrize("script", MOSTLY_SLOW)
-def test_eval_only_evaluates_each_agent(script, capsys):
-    """The checkpoint of several agents: a line for each, and the numbers of the run's own evaluation."""
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_log_and_evaluation_of_many_seeds(script, capsys):
+    """Mean and 95 % interval over seeds at every iteration, and the final mean return of each seed under its number;
+    --eval-only of that checkpoint: a line for each agent, and the numbers of the run's own evaluation."""
     module = importlib.import_module(script)
-    result = module.train(small_args(module, num_seeds=3))
-    capsys.readouterr()
-    again = module.train(small_args(module, num_seeds=3, resume=str(result.run_dir), eval_only=True))
-    np.testing.assert_array_equal(result.eval_returns, again.eval_returns)
-    assert again.eval_returns.shape == (3, 2)
-    assert [f"seed {seed}: evaluation" in capsys.readouterr().out or seed for seed in (1,)] == [True]
-
-
-@pytest.mark.parametrize("script", MOSTLY_SLOW)
-def test_log_of_many_seeds(script):
-    """Mean and 95 % interval over seeds at every iteration, and the final mean return of each seed under its number."""
-    result = importlib.import_module(script).train(small_args(importlib.import_module(script), seed=7, num_seeds=3))
+    result = module.train(small_args(module, seed=7, num_seeds=3))
     log = EventAccumulator(str(result.run_dir), size_guidance={"scalars": 0}).Reload()
     final = [np.mean(returns[-100:]) for returns in result.episode_returns]
     points = log.Scalars("charts/final_return_of_seed")
@@ -337,6 +328,13 @@ def test_log_of_many_seeds(script):
     last_mean, last_interval = (log.Scalars(f"charts/episodic_return{tag}")[-1].value for tag in ("", "_95"))
     np.testing.assert_allclose(last_mean, np.mean(final), rtol=1e-6)
     np.testing.assert_allclose(last_interval, 1.96 * np.std(final, ddof=1) / np.sqrt(3), rtol=1e-6)
+
+    first = capsys.readouterr().out
+    assert [f"seed {seed}: evaluation" in first for seed in (6, 7, 8, 9, 10)] == [False, True, True, True, False]
+    again = module.train(small_args(module, seed=7, num_seeds=3, resume=str(result.run_dir), eval_only=True))
+    np.testing.assert_array_equal(result.eval_returns, again.eval_returns)
+    assert again.eval_returns.shape == (3, 2)
+    assert capsys.readouterr().out == first
 
 
 def test_rollout_of_reinforce_stops_with_the_last_episode():
@@ -404,10 +402,8 @@ BROKEN_CODE = {
 }
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=[] if s == "ppo_jax" else [pytest.mark.slow]) for s in SCRIPTS]
-)
-@pytest.mark.parametrize("name", BROKEN_CODE)
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param("obs", marks=pytest.mark.slow), "reward"])
 def test_numbers_that_are_not_finite(script, name, monkeypatch):
     """From within the compiled program too: what, in which environment, at which step, and which checkpoint."""
     module = importlib.import_module(script)
