@@ -3,7 +3,7 @@
     python benchmarks/plot.py curves cartpole-all acrobot-all --out all.png    # a panel each, a line per script
     python benchmarks/plot.py curves runs/CartPole-v1__ppo__* --x seconds --out runs.png
     python benchmarks/plot.py curves cartpole-128-agents --share-above 475 --out share.png
-    python benchmarks/plot.py moving-average lunarlander-reinforce.reinforce --out one-run.png
+    python benchmarks/plot.py moving-average lunarlander-reinforce-long.reinforce --out one-run.png
     python benchmarks/plot.py distance point-target-ppo-4e-3.ppo --out distance.png
 
 A source is a run folder, a table of experiments.toml (cartpole-all), or one script's part of it (cartpole-all.ppo).

@@ -48,6 +48,12 @@ def with_interval(values: np.ndarray, scale: float = 1, digits: int = 1) -> str:
     return f"{scale * values.mean():.{digits}f}{bracket}" if len(values) else ""
 
 
+def flag(e: Experiment, name: str) -> str:
+    """What a flag of the experiment is set to."""
+    words = e.flags.split()
+    return words[words.index(name) + 1]
+
+
 def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
     """What only some experiments are asked."""
     found, success, reached = [], column(rows, "success"), column(rows, "reached")
@@ -66,7 +72,9 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
         passed = f"{(margins >= e.pass_mark).sum()} of {len(rows)}"
         found += [f"mean - std >= {e.pass_mark:g} on {passed}, lowest {margins.min():.1f}"]
     if "--target-return" in e.flags:
-        found += ["episodes until it stopped: " + ", ".join(row["episodes"] for row in rows)]
+        stopped = [int(row["episodes"]) for row in rows if int(row["steps"]) < int(flag(e, "--total-timesteps"))]
+        episodes = ", ".join(map(str, sorted(stopped)))
+        found += [f"{len(stopped)} of {len(rows)} reached {flag(e, '--target-return')}, after {episodes} episodes"]
     return "; ".join(found)
 
 
@@ -90,9 +98,9 @@ def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
     columns = ("environment, steps", "script", "training", "evaluation", "published", "seeds")
     lines, commands = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], []
     for e, rows in (row for group in groups for row in group if row[0].published):
-        env_id = e.flags.split()[1 + e.flags.split().index("--env-id")]
-        cells = [f"{env_id}, {int(rows[0]['steps']):,}", f"`{e.script}.py`", with_interval(column(rows, "return"))]
-        cells += [with_interval(column(rows, "eval_mean")), e.published, len(rows)]
+        cells = [f"{flag(e, '--env-id')}, {int(rows[0]['steps']):,}", f"`{e.script}.py`"]
+        cells += [with_interval(column(rows, name)) for name in ("return", "eval_mean")]
+        cells += [e.published, len(rows)]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
         commands += [rows[0]["command"]]
     return "\n".join([*lines, "\n```", *commands, "```\n"])

@@ -276,6 +276,14 @@ def test_results_table(done, monkeypatch):
     assert "\n## pole\n\nPublished: training 12 (a stick). Settings: \n" in text
 
 
+def test_note_of_a_target():
+    """Only those that stopped before their last step reached it."""
+    e = run.Experiment("lander", "reinforce", flags="--total-timesteps 1000 --target-return 200", seeds=3)
+    ends = {"999": "70", "1003": "9", "400": "30"}
+    rows = [{"steps": steps, "episodes": n, "success": "", "reached": ""} for steps, n in ends.items()]
+    assert table.notes(e, rows) == "2 of 3 reached 200, after 30, 70 episodes"
+
+
 def test_readme_table(done, monkeypatch):
     """What has a published result, between the marks; a second time, the same; all else as it was."""
     monkeypatch.chdir(done)
