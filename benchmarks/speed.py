@@ -148,8 +148,6 @@ def sb3(library: str, algorithm: str, steps: int, num_envs: int, target: float |
 def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks:
     """PureJaxRL's ppo.py. One program from the first to the last step: run once to compile and once to measure. What it
     asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax."""
-    if num_seeds > 1:
-        os.environ["NPROC"] = "6"  # as many threads as ours: with two, one per core, it waits for ever at times
     import gymnax.wrappers
     import jax
 
