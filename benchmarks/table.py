@@ -73,8 +73,8 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
         found += [f"mean - std >= {e.pass_mark:g} on {passed}, lowest {margins.min():.1f}"]
     if "--target-return" in e.flags:
         stopped = [int(row["episodes"]) for row in rows if int(row["steps"]) < int(flag(e, "--total-timesteps"))]
-        episodes = ", ".join(map(str, sorted(stopped)))
-        found += [f"{len(stopped)} of {len(rows)} reached {flag(e, '--target-return')}, after {episodes} episodes"]
+        after = f", after {', '.join(map(str, sorted(stopped)))} episodes" if stopped else ""
+        found += [f"{len(stopped)} of {len(rows)} reached {flag(e, '--target-return')}{after}"]
     return "; ".join(found)
 
 
