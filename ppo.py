@@ -86,7 +86,7 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    compile: bool = False  # torch.compile the loss, on a GPU the policy too: seconds to start, then faster
+    compile: bool = False  # torch.compile loss and gradient, on a GPU the policy too: slow to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -375,8 +375,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
-    act: Callable  # agent.act, and loss_fn, as they are or compiled
-    loss_fn: Callable
+    act: Callable  # agent.act, and backward, as they are or compiled
+    backward: Callable
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -531,10 +531,20 @@ def average_gradients(params: list[nn.Parameter]) -> None:
         nn.utils.vector_to_parameters(flat / size, grads)
 
 
+def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
+    """Leave the gradients of the loss, averaged over processes, in the parameters, no longer than --max-grad-norm.
+    Returns what to log."""
+    params = list(agent.parameters())
+    loss, metrics = loss_fn(agent, mb, args)
+    loss.backward()
+    average_gradients(params)
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+    return {name: x.detach() for name, x in metrics.items()}
+
+
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
     """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
-    agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
-    rank, size = processes()
+    agent, optimizer, (rank, size) = state.agent, state.optimizer, processes()
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     with torch.no_grad():
         reward = batch.reward
@@ -558,12 +568,9 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
             mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
             mb = Minibatch(*(x[rank::size] for x in mb)) if size > 1 else mb
             optimizer.zero_grad()
-            loss, metrics = state.loss_fn(agent, mb, args)
-            loss.backward()
-            average_gradients(params)
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            metrics = state.backward(agent, mb, args)
             optimizer.step()
-            history.append({name: x.detach().clone() for name, x in metrics.items()})  # CUDA graphs reuse their outputs
+            history.append({name: x.clone() for name, x in metrics.items()})  # CUDA graphs reuse their outputs
         if args.target_kl is not None:
             kl = torch.stack([m["approx_kl"] for m in history[-args.num_minibatches :]]).mean()
             if np.mean(gather(kl.item())) > args.target_kl:
@@ -700,6 +707,8 @@ class StopSignal:
 
 def compiled(function: Callable, args: Args) -> Callable:
     """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # from PyTorch 2.11: .backward() in the same graph
+        torch._dynamo.config.trace_autograd_ops = True
     options = {"fallback_random": True, "triton.cudagraphs": args.cuda}
     return torch.compile(function, options=options) if args.compile else function
 
@@ -783,7 +792,7 @@ def train(args: Args) -> Result:
         state = State(
             agent=agent,
             act=compiled(agent.act, args) if device.type == "cuda" else agent.act,  # on a CPU it would be slower
-            loss_fn=compiled(loss_fn, args),
+            backward=compiled(backward, args),
             optimizer=torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True),
             device=device,
             recent_returns=deque(maxlen=args.return_window),

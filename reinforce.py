@@ -84,7 +84,7 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    compile: bool = False  # torch.compile the loss, on a GPU the policy too: seconds to start, then faster
+    compile: bool = False  # torch.compile loss and gradient, on a GPU the policy too: slow to start, then faster
     async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -299,8 +299,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
-    act: Callable  # agent.act, and loss_fn, as they are or compiled
-    loss_fn: Callable
+    act: Callable  # agent.act, and backward, as they are or compiled
+    backward: Callable
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -398,18 +398,25 @@ def learning_rate(step: int, args: Args) -> float:
     return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
+def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, Tensor]:
+    """Leave the gradients of the loss in the parameters, no longer than --max-grad-norm. Returns what to log."""
+    params = list(agent.parameters())
+    loss, metrics = loss_fn(agent, batch, ret, args)
+    loss.backward()
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+    return {name: x.detach() for name, x in metrics.items()}
+
+
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
     """One gradient step on one batch. Returns what is logged as well."""
-    agent, optimizer, params = state.agent, state.optimizer, list(state.agent.parameters())
+    agent, optimizer = state.agent, state.optimizer
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     ret = discounted_returns(batch.reward, batch.done, args.gamma)
     ret = standardize(ret, batch.mask) if args.norm_return else ret
 
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
     optimizer.zero_grad()
-    loss, metrics = state.loss_fn(agent, batch, ret, args)
-    loss.backward()
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+    metrics = state.backward(agent, batch, ret, args)
     optimizer.step()
     state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
     return state, {name: x.item() for name, x in metrics.items()}
@@ -538,6 +545,8 @@ class StopSignal:
 
 def compiled(function: Callable, args: Args) -> Callable:
     """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # from PyTorch 2.11: .backward() in the same graph
+        torch._dynamo.config.trace_autograd_ops = True
     options = {"fallback_random": True, "triton.cudagraphs": args.cuda}
     return torch.compile(function, options=options) if args.compile else function
 
@@ -612,7 +621,7 @@ def train(args: Args) -> Result:
         state = State(
             agent=agent,
             act=compiled(agent.act, args) if device.type == "cuda" else agent.act,  # on a CPU it would be slower
-            loss_fn=compiled(loss_fn, args),
+            backward=compiled(backward, args),
             optimizer=torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True),
             device=device,
             recent_returns=deque(maxlen=args.return_window),

@@ -114,7 +114,7 @@ def test_one_update(name, flags, kind):
     batch = random_batch(name, torch_module, kind, np.random.default_rng(1))
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     extra = {} if name == "reinforce" else {"obs": np.zeros((N, D)), "running_return": torch.zeros(N)}
-    state = torch_module.State(agent, agent.act, torch_module.loss_fn, optimizer, torch.device("cpu"), [], **extra)
+    state = torch_module.State(agent, agent.act, torch_module.backward, optimizer, torch.device("cpu"), [], **extra)
     _, torch_metrics = torch_module.update(state, batch, torch_args)
 
     opt_state = jax_module.make_optimizer(jax_args).init(variables["params"])

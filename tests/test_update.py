@@ -39,7 +39,7 @@ class Run:
             seeds = script.env_seeds(self.args.seed, 0, self.args.num_envs)
             extra = {"obs": self.envs.reset(seed=seeds)[0], "running_return": torch.zeros(self.args.num_envs)}
         device, recent_returns = torch.device("cpu"), deque(maxlen=100)
-        self.state = script.State(agent, agent.act, script.loss_fn, optimizer, device, recent_returns, **extra)
+        self.state = script.State(agent, agent.act, script.backward, optimizer, device, recent_returns, **extra)
         self.agent = agent
 
     def rollout(self):
