@@ -707,10 +707,11 @@ class StopSignal:
 
 def compiled(function: Callable, args: Args) -> Callable:
     """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # from PyTorch 2.11: .backward() in the same graph
+    if not args.compile:
+        return function
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # PyTorch 2.11 and later: .backward() in the same graph
         torch._dynamo.config.trace_autograd_ops = True
-    options = {"fallback_random": True, "triton.cudagraphs": args.cuda}
-    return torch.compile(function, options=options) if args.compile else function
+    return torch.compile(function, options={"fallback_random": True, "triton.cudagraphs": args.cuda})
 
 
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
