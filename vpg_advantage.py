@@ -686,7 +686,7 @@ def compiled(function: Callable, args: Args) -> Callable:
     """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
     if not args.compile:
         return function
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # PyTorch 2.11 and later: .backward() in the same graph
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # not in PyTorch 2.9: .backward() in the same graph
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, options={"fallback_random": True, "triton.cudagraphs": args.cuda})
 
