@@ -641,6 +641,18 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
 
+def in_parts(function: Callable, data: Any) -> Any:
+    """What `function` makes of the rows of `data`, one part of them after the other: [parts, ...].
+
+    The activations of many rows do not fit into a CPU's cache, those of some hundreds do, which is twice as fast. Few
+    rows are one part, and on a GPU all are.
+    """
+    size = len(jax.tree.leaves(data)[0])
+    whole = size <= 4096 or jax.default_backend() != "cpu"
+    rows = size if whole else max((n for n in range(256, 513) if size % n == 0), default=size)
+    return jax.lax.map(function, jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data))
+
+
 def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
     """The variables after the running statistics `name` have seen x."""
     _, new = agent.apply(variables, x, method=lambda agent, x: getattr(agent, name).update(x), mutable="stats")
@@ -655,12 +667,13 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         variables = update_stats(agent, variables, "return_stats", running[..., None])
         var = variables["stats"]["return_stats"]["var"]
         reward = (reward / jnp.sqrt(var + 1e-8)).clip(-10, 10)
-    value = agent.apply(variables, batch.obs, method="value")
-    next_value = agent.apply(variables, batch.next_obs, method="value")
-    logp, _ = agent.apply(variables, batch.obs, batch.action, method="log_prob")
+    obs, action, next_obs = (x.reshape(-1, *x.shape[2:]) for x in (batch.obs, batch.action, batch.next_obs))
+    value_of = partial(agent.apply, variables, method="value")
+    value, next_value = (in_parts(value_of, x).reshape(reward.shape) for x in (obs, next_obs))
+    logp, _ = in_parts(lambda played: agent.apply(variables, *played, method="log_prob"), (obs, action))
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
     ret = adv + value
-    data = Minibatch(*(x.reshape(-1, *x.shape[2:]) for x in (batch.obs, batch.action, adv, ret, logp, value)))
+    data = Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value)))
 
     lr = learning_rate(state.step, args)
     key, shuffle_key = jax.random.split(state.key)
@@ -673,7 +686,8 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         i, rows = x
         mb = Minibatch(*(x[rows] for x in data))
         mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, variables["stats"], mb, agent, args)
+        gradient = partial(jax.grad(loss_fn, has_aux=True), params, variables["stats"], agent=agent, args=args)
+        grads, metrics = jax.tree.map(lambda x: x.mean(0), in_parts(gradient, mb))
         metrics["grad_norm"] = optax.tree.norm(grads)
         direction, new_opt_state = make_optimizer(args).update(grads, opt_state)
         old, new = (params, opt_state), (jax.tree.map(lambda p, d: p - lr * d, params, direction), new_opt_state)
@@ -990,7 +1004,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA's threads wait for each other: small products, shared out, take twice as long, and where devices share too few
     # threads (128 agents: two, or three for two devices) they wait for ever. So it is one, or three per device.
-    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes, default=1) ** 2 <= 2**19
+    rows = args.num_seeds * min(args.num_envs, 128)  # more are updated `in_parts`
+    small = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 <= 2**19
     given = os.environ.get("NPROC")
     os.environ["NPROC"] = given or str(1 if small else max(3 * parts, cores))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts

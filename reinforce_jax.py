@@ -822,7 +822,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA's threads wait for each other: small products, shared out, take twice as long, and where devices share too few
     # threads (128 agents: two, or three for two devices) they wait for ever. So it is one, or three per device.
-    small = parts == 1 and args.num_seeds * args.num_envs * max(args.hidden_sizes, default=1) ** 2 <= 2**19
+    rows = args.num_seeds * args.num_envs
+    small = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 <= 2**19
     given = os.environ.get("NPROC")
     os.environ["NPROC"] = given or str(1 if small else max(3 * parts, cores))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts

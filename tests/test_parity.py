@@ -1,6 +1,7 @@
 """PyTorch and JAX say the same: from equal weights and one batch, equal losses, gradients and updated parameters."""
 
 import importlib
+import sys
 from functools import partial
 
 import gymnasium as gym
@@ -134,6 +135,14 @@ def test_one_update(name, flags, kind):
             for buffer, x in jax_state.variables["stats"][stats].items():
                 np.testing.assert_allclose(getattr(getattr(agent, stats), buffer), x, **CLOSE, err_msg=buffer)
     assert int(jax_state.step) == T * N
+
+
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("name", PAIRS[1:])
+def test_one_update_in_parts(name, kind, monkeypatch):
+    """4,800 rows, which JAX takes in ten parts and PyTorch all at once."""
+    monkeypatch.setattr(sys.modules[__name__], "N", 300)
+    test_one_update(name, {"norm_adv": True, "norm_reward": True, "ent_coef": 0.01, "norm_obs": True}, kind)
 
 
 def minibatch(module, kind, rng):

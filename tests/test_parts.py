@@ -50,6 +50,20 @@ def test_check_finite(script, name):
         module.check_finite(module.Batch(**(fields | {name: wrong})))
 
 
+@pytest.mark.parametrize("script", JAX_SCRIPTS[1:])
+@pytest.mark.parametrize(
+    ("size", "backend", "parts"),
+    [(1, "cpu", 1), (4096, "cpu", 1), (5120, "cpu", 10), (4099, "cpu", 1), (5120, "gpu", 1)],  # 4,099 is prime
+)
+def test_in_parts(script, size, backend, parts, monkeypatch):
+    """Every row once, in order, in parts of 256 to 512 of them; all at once where they are few, or on a GPU."""
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    module, rows = importlib.import_module(script), np.arange(2 * size).reshape(size, 2)
+    out = module.in_parts(lambda part: (part["a"] + part["b"][:, None], part["b"].sum()), {"a": rows, "b": rows[:, 0]})
+    assert [x.shape for x in out] == [(parts, size // parts, 2), (parts,)]
+    assert np.array_equal(out[0].reshape(size, 2), rows + rows[:, :1])
+
+
 @each_jax_script
 @pytest.mark.parametrize("flags", [{"seed": 2**32 - 1, "num_seeds": 2}, {"num_seeds": 2, "capture_video": True}])
 def test_many_seeds_have_limits(script, flags):
