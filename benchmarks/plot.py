@@ -11,6 +11,8 @@ A source is a run folder, a table of experiments.toml (cartpole-all), or one scr
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -69,13 +71,17 @@ def load(source: str, results: Path) -> list[Run]:
     return runs
 
 
-def title(panel: str, results: Path) -> str:
-    """The environment of an experiment; a run folder's panel is named after its environment already."""
-    for file in sorted(results.glob(f"{panel}.*.csv")):
-        commands = [row["command"] for row in read(file) if "command" in row]
-        if commands:
-            return commands[0].partition("--env-id ")[2].split()[0]
-    return panel
+def titles(panels: Iterable[str], results: Path) -> dict[str, str]:
+    """The environment of each experiment, with the experiment's name if several have it; a run folder's panel is named
+    after its environment already."""
+    found = {}
+    for panel in panels:
+        commands = [
+            r["command"] for file in sorted(results.glob(f"{panel}.*.csv")) for r in read(file) if "command" in r
+        ]
+        found[panel] = commands[0].partition("--env-id ")[2].split()[0] if commands else panel
+    shared = {title for title, count in Counter(found.values()).items() if count > 1}
+    return {panel: f"{title} ({panel})" if title in shared else title for panel, title in found.items()}
 
 
 def average(runs: list[Run], x: str, share_above: float | None) -> np.ndarray:
@@ -135,8 +141,9 @@ def curves(
         color, style = colors[label.removesuffix("_jax")], "--" if label.endswith("_jax") else "-"
         axes[panel].plot(xs, mean, style, color=color, label=f"{label} ({len(group)})")
         axes[panel].fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
-    for panel, axis in axes.items():
-        axis.set_title(title(panel, results))
+    for panel, text in titles(axes, results).items():
+        axes[panel].set_title(text)
+    for axis in axes.values():
         what = "return, last 100 episodes" if share_above is None else f"share of agents at {share_above:g} or more"
         axis.set(xlabel=NAMES[x], ylabel=what)
         axis.legend(title="script (seeds)")

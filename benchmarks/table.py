@@ -97,8 +97,12 @@ def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
     """The README's table, and the commands of its rows with their first seed."""
     columns = ("environment, steps", "script", "training", "evaluation", "published", "seeds")
     lines, commands = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], []
-    for e, rows in (row for group in groups for row in group if row[0].published):
-        cells = [f"{flag(e, '--env-id')}, {int(rows[0]['steps']):,}", f"`{e.script}.py`"]
+    published = [row for group in groups for row in group if row[0].published]
+    tried = [(flag(e, "--env-id"), e.script) for e, _ in published]
+    for e, rows in published:
+        twice = tried.count((flag(e, "--env-id"), e.script)) > 1
+        which = f" ({e.table})" if twice else ""
+        cells = [f"{flag(e, '--env-id')}, {int(rows[0]['steps']):,}{which}", f"`{e.script}.py`"]
         cells += [with_interval(column(rows, name)) for name in ("return", "eval_mean")]
         cells += [e.published, len(rows)]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]

@@ -299,6 +299,23 @@ def test_readme_table(done, monkeypatch):
         assert f"\n```\n{command}\n```\n" in text
 
 
+def test_readme_table_tells_two_experiments_apart():
+    """Two tables with one environment and script are named, others not."""
+    row = {"steps": "1000", "return": "1", "eval_mean": "2", "command": "python ppo.py"}
+    made = [("cart", "ppo", "CartPole-v1"), ("cart-tuned", "ppo", "CartPole-v1"), ("cart", "ppo_jax", "CartPole-v1")]
+    made = [run.Experiment(name, script, f"--env-id {env}", 1, published="9") for name, script, env in made]
+    cells = [line.split(" | ")[0] for line in table.short([[(e, [row])] for e in made]).splitlines()[2:5]]
+    assert cells == ["| CartPole-v1, 1,000 (cart)", "| CartPole-v1, 1,000 (cart-tuned)", "| CartPole-v1, 1,000"]
+
+
+def test_panels_with_one_title_are_told_apart(tmp_path):
+    """Two experiments with one environment show their names as well."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.ppo.csv").write_text("seed,command\n1,python ppo.py --env-id CartPole-v1 --seed 1\n")
+    assert plot.titles(["a", "b"], tmp_path) == {"a": "CartPole-v1 (a)", "b": "CartPole-v1 (b)"}
+    assert plot.titles(["a", "Acrobot-v1"], tmp_path) == {"a": "CartPole-v1", "Acrobot-v1": "Acrobot-v1"}
+
+
 def test_average():
     """Two runs, of which one starts later and one stops earlier: drawn where both have a value."""
     a = [{"step": s, "seconds": s / 10, "return": 10} for s in (10, 20, 30)]
@@ -332,8 +349,8 @@ def test_run_folder_and_csv_give_the_same_curve(done, monkeypatch):
     monkeypatch.chdir(done)
     (of_folder,) = plot.load(str(run_dir("ppo", 101)), Path("results"))
     of_csv = plot.load("walk", Path("results"))[1]
-    titles = [plot.title(panel, Path("results")) for panel in ("walk", "pole", "Acrobot-v1")]
-    assert titles == ["envs.point_target:PointTarget-v0", "CartPole-v1", "Acrobot-v1"]
+    titles = plot.titles(["walk", "pole", "Acrobot-v1"], Path("results"))
+    assert list(titles.values()) == ["envs.point_target:PointTarget-v0", "CartPole-v1", "Acrobot-v1"]
     assert (of_folder.panel, of_folder.label, of_csv.label) == ("envs.point_target:PointTarget-v0", "ppo", "ppo")
     assert [{k: str(v) for k, v in p.items()} for p in of_folder.points] == [
         {k: v for k, v in p.items() if k != "seed"} for p in of_csv.points
