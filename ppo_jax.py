@@ -641,16 +641,18 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
 
-def in_parts(function: Callable, data: Any) -> Any:
-    """What `function` makes of the rows of `data`, one part of them after the other: [parts, ...].
+def in_parts(function: Callable, data: Any, combine: Callable) -> Any:
+    """`function` of the rows of `data`, or what `combine` makes of its outcomes [parts, ...] for some at a time.
 
     The activations of many rows do not fit into a CPU's cache, those of some hundreds do, which is twice as fast. Few
     rows are one part, and on a GPU all are.
     """
     size = len(jax.tree.leaves(data)[0])
-    whole = size <= 4096 or jax.default_backend() != "cpu"
-    rows = size if whole else max((n for n in range(256, 513) if size % n == 0), default=size)
-    return jax.lax.map(function, jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data))
+    rows = max((n for n in range(256, 513) if size % n == 0), default=size)
+    if size <= 4096 or rows == size or jax.default_backend() != "cpu":
+        return function(data)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
+    return jax.tree.map(combine, jax.lax.map(function, parts))
 
 
 def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
@@ -669,8 +671,8 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         reward = (reward / jnp.sqrt(var + 1e-8)).clip(-10, 10)
     obs, action, next_obs = (x.reshape(-1, *x.shape[2:]) for x in (batch.obs, batch.action, batch.next_obs))
     value_of = partial(agent.apply, variables, method="value")
-    value, next_value = (in_parts(value_of, x).reshape(reward.shape) for x in (obs, next_obs))
-    logp, _ = in_parts(lambda played: agent.apply(variables, *played, method="log_prob"), (obs, action))
+    value, next_value = (in_parts(value_of, x, jnp.ravel).reshape(reward.shape) for x in (obs, next_obs))
+    logp, _ = in_parts(lambda played: agent.apply(variables, *played, method="log_prob"), (obs, action), jnp.ravel)
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
     ret = adv + value
     data = Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value)))
@@ -687,7 +689,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         mb = Minibatch(*(x[rows] for x in data))
         mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
         gradient = partial(jax.grad(loss_fn, has_aux=True), params, variables["stats"], agent=agent, args=args)
-        grads, metrics = jax.tree.map(lambda x: x.mean(0), in_parts(gradient, mb))
+        grads, metrics = in_parts(gradient, mb, partial(jnp.mean, axis=0))
         metrics["grad_norm"] = optax.tree.norm(grads)
         direction, new_opt_state = make_optimizer(args).update(grads, opt_state)
         old, new = (params, opt_state), (jax.tree.map(lambda p, d: p - lr * d, params, direction), new_opt_state)
