@@ -98,10 +98,10 @@ def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
     columns = ("environment, steps", "script", "training", "evaluation", "published", "seeds")
     lines, commands = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], []
     published = [row for group in groups for row in group if row[0].published]
-    tried = [(flag(e, "--env-id"), e.script) for e, _ in published]
+    tables = {(flag(e, "--env-id"), e.table) for e, _ in published}
     for e, rows in published:
-        twice = tried.count((flag(e, "--env-id"), e.script)) > 1
-        which = f" ({e.table})" if twice else ""
+        several = sum(env_id == flag(e, "--env-id") for env_id, _ in tables) > 1
+        which = f" ({e.table})" if several else ""
         cells = [f"{flag(e, '--env-id')}, {int(rows[0]['steps']):,}{which}", f"`{e.script}.py`"]
         cells += [with_interval(column(rows, name)) for name in ("return", "eval_mean")]
         cells += [e.published, len(rows)]
