@@ -28,8 +28,8 @@ the cut. Only `terminated` says that nothing follows; `done`, terminated or trun
 [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
-Shapes: time comes first. T = num_steps, N = num_envs, B = T * N; D and A are the sizes of an observation and a Box
-action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
+and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python ppo.py --env-id CartPole-v1
@@ -108,7 +108,7 @@ class Args:
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_coef: float = bounded(0.2, "(0, inf)")  # eps, how far the probability ratio may move with profit
+    clip_coef: float = bounded(0.2, "(0, inf)")  # eps: to move the probability ratio further from 1 pays nothing
     clip_vloss: bool = False  # clip the change of the value as well
     target_kl: float | None = bounded(None, "(0, inf)")  # end the update after an epoch whose mean KL is above this
     ent_coef: float = bounded(0.0, "[0, inf)")  # weight of the entropy bonus
@@ -218,7 +218,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -322,7 +322,7 @@ class Agent(nn.Module):
         out = self.actor(self.normalize(obs))
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+        if self.discrete:  # the argmax of logits plus Gumbel noise, -log of exponential, is a draw from their softmax
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
@@ -356,7 +356,7 @@ class Batch(NamedTuple):
 
     @property
     def done(self) -> np.ndarray:  # [T, N]
-        return 1 - (1 - self.terminated) * (1 - self.truncated)
+        return 1 - (1 - self.terminated) * (1 - self.truncated)  # terminated or truncated
 
 
 class Minibatch(NamedTuple):
@@ -375,8 +375,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
-    act: Callable  # agent.act, and backward, as they are or compiled
-    backward: Callable
+    act: Callable  # agent.act, compiled or not
+    backward: Callable  # the function of this name, compiled or not
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -416,29 +416,30 @@ def gae(
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
-    ret = torch.empty_like(reward)
-    for t in range(len(reward)):
+    ret = []
+    for reward_t, done_t in zip(reward.unbind(), done.unbind(), strict=True):
         # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
-        ret[t] = reward[t] + gamma * carry
-        carry = (1 - done[t]) * ret[t]
-    return ret, carry
+        ret.append(reward_t + gamma * carry)
+        carry = (1 - done_t) * ret[-1]
+    return torch.stack(ret), carry
 
 
 def standardize(x: Tensor) -> Tensor:
-    """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
 def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
-    """The clipped surrogate, negated: [...] -> scalar."""
+    """The clipped surrogate, negated: [...] -> scalar. The min takes the clip off where the ratio has moved the
+    wrong way, or no gradient would bring it back."""
     ratio = (logp - logp_old).exp()
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    (Schulman et al. 2017, eq. 7)
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
 def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
-    larger of that error and of the error that a value at most `clip_coef` from the old one would have."""
+    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, of
+    the larger error: the value's, or that of the value clipped to within `clip_coef` of the old one."""
     # (V(s_t) - V_t^targ)^2    (Schulman et al. 2016, eq. 28; 2017, eq. 9)
     error = (value - ret) ** 2
     if clip_coef is not None:
@@ -458,7 +459,7 @@ def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
 
 
 def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    """Raise FloatingPointError for a batch whose observations or rewards are not all finite."""
     for name in ("obs", "reward", "next_obs"):
         bad = np.argwhere(~np.isfinite(getattr(batch, name)))
         if len(bad):
@@ -543,7 +544,7 @@ def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
-    """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
+    """Several epochs of minibatch gradient descent on one batch. Also returns the means of what to log."""
     agent, optimizer, (rank, size) = state.agent, state.optimizer, processes()
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     with torch.no_grad():
@@ -555,7 +556,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
         value, next_value = agent.value(batch.obs), agent.value(batch.next_obs)
         logp, _ = agent.log_prob(batch.obs, batch.action)
         adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-        ret = adv + value
+        ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
     data = Minibatch(*(x.flatten(0, 1) for x in (batch.obs, batch.action, adv, ret, logp, value)))
 
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
@@ -564,7 +565,8 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
         order = torch.randperm(args.batch_size, device=state.device)
         if size > 1:
             dist.broadcast(order, 0)
-        for mb in map(Minibatch._make, zip(*(x[order].split(args.minibatch_size) for x in data), strict=True)):
+        for rows in order.split(args.minibatch_size):
+            mb = Minibatch(*(x[rows] for x in data))
             mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
             mb = Minibatch(*(x[rank::size] for x in mb)) if size > 1 else mb
             optimizer.zero_grad()
@@ -608,15 +610,15 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     }
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    partial = run_dir / "partial.pt"
+    unfinished = run_dir / "partial.pt"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(buffer.getvalue())
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.pt")
+    unfinished.replace(run_dir / "checkpoint.pt")
 
 
 def load(state: State, args: Args) -> Path:
@@ -759,7 +761,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         save(state, args, run_dir)
         stopped = max(gather(stop.number))  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
 

@@ -32,8 +32,8 @@ the cut. Only `terminated` says that nothing follows; `done`, terminated or trun
 [1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
-Shapes: time comes first. T = num_steps, N = num_envs, B = T * N; D and A are the sizes of an observation and a Box
-action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
+and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; a
 resumed run is then bit for bit the uninterrupted one. Other environments are stepped on the host, and a resumed run
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
@@ -120,7 +120,7 @@ class Args:
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_coef: float = bounded(0.2, "(0, inf)")  # eps, how far the probability ratio may move with profit
+    clip_coef: float = bounded(0.2, "(0, inf)")  # eps: to move the probability ratio further from 1 pays nothing
     clip_vloss: bool = False  # clip the change of the value as well
     target_kl: float | None = bounded(None, "(0, inf)")  # end the update after an epoch whose mean KL is above this
     ent_coef: float = bounded(0.0, "[0, inf)")  # weight of the entropy bonus
@@ -228,7 +228,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -246,8 +246,8 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
 
 
 class GymnaxEnvs:
-    """N copies of a gymnax environment, as pure functions to be compiled. They show, take and restart like those of
-    `make_envs`."""
+    """N copies of a gymnax environment, as pure functions to be compiled. Observations, actions and resets are
+    as in `make_envs`."""
 
     def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, for it takes seconds
@@ -445,7 +445,7 @@ class Batch(NamedTuple):
 
     @property
     def done(self) -> Array:  # [T, N]
-        return 1 - (1 - self.terminated) * (1 - self.truncated)
+        return 1 - (1 - self.terminated) * (1 - self.truncated)  # terminated or truncated
 
 
 class Minibatch(NamedTuple):
@@ -516,20 +516,21 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
 
 
 def standardize(x: Array) -> Array:
-    """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
 def policy_loss(logp: Array, logp_old: Array, adv: Array, clip_coef: float) -> Array:
-    """The clipped surrogate, negated: [...] -> scalar."""
+    """The clipped surrogate, negated: [...] -> scalar. The min takes the clip off where the ratio has moved the
+    wrong way, or no gradient would bring it back."""
     ratio = jnp.exp(logp - logp_old)
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    (Schulman et al. 2017, eq. 7)
     return -jnp.minimum(ratio * adv, ratio.clip(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
 def value_loss(value: Array, value_old: Array, ret: Array, clip_coef: float | None) -> Array:
-    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
-    larger of that error and of the error that a value at most `clip_coef` from the old one would have."""
+    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, of
+    the larger error: the value's, or that of the value clipped to within `clip_coef` of the old one."""
     # (V(s_t) - V_t^targ)^2    (Schulman et al. 2016, eq. 28; 2017, eq. 9)
     error = (value - ret) ** 2
     if clip_coef is not None:
@@ -642,10 +643,10 @@ def shuffles(key: Array, count: int, size: int) -> Array:
 
 
 def in_parts(function: Callable, data: Any, combine: Callable) -> Any:
-    """`function` of the rows of `data`, or what `combine` makes of its outcomes [parts, ...] for some at a time.
+    """`function(data)`; with many rows on a CPU what `combine` makes of its outcomes, [parts, ...], for equal parts of
+    the rows. A mean of their means is the mean.
 
-    The activations of many rows do not fit into a CPU's cache, those of some hundreds do, which is twice as fast. Few
-    rows are one part, and on a GPU all are.
+    The activations of many rows do not fit into the cache, those of some hundred do, which is twice as fast.
     """
     size = len(jax.tree.leaves(data)[0])
     rows = max((n for n in range(256, 513) if size % n == 0), default=size)
@@ -662,7 +663,7 @@ def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
-    """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
+    """Several epochs of minibatch gradient descent on one batch. Also returns the means of what to log."""
     variables, reward, running_return = state.variables, batch.reward, state.running_return
     if args.norm_reward:
         running, running_return = running_returns(reward, batch.done, running_return, args.gamma)
@@ -674,7 +675,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     value, next_value = (in_parts(value_of, x, jnp.ravel).reshape(reward.shape) for x in (obs, next_obs))
     logp, _ = in_parts(lambda played: agent.apply(variables, *played, method="log_prob"), (obs, action), jnp.ravel)
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-    ret = adv + value
+    ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
     data = Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value)))
 
     lr = learning_rate(state.step, args)
@@ -691,10 +692,11 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         gradient = partial(jax.grad(loss_fn, has_aux=True), params, variables["stats"], agent=agent, args=args)
         grads, metrics = in_parts(gradient, mb, partial(jnp.mean, axis=0))
         metrics["grad_norm"] = optax.tree.norm(grads)
-        direction, new_opt_state = make_optimizer(args).update(grads, opt_state)
-        old, new = (params, opt_state), (jax.tree.map(lambda p, d: p - lr * d, params, direction), new_opt_state)
-        # What lies after the epoch that ends the update is computed, for fixed shapes, and thrown away.
-        params, opt_state = new if args.target_kl is None else jax.tree.map(partial(jnp.where, active), new, old)
+        old = params, opt_state
+        direction, opt_state = make_optimizer(args).update(grads, opt_state)
+        params = jax.tree.map(lambda p, d: p - lr * d, params, direction)
+        if args.target_kl is not None:  # what follows the update's last epoch is computed, for fixed shapes, and undone
+            params, opt_state = jax.tree.map(partial(jnp.where, active), (params, opt_state), old)
         kl += metrics["approx_kl"] / args.num_minibatches
         epoch_ends = (i + 1) % args.num_minibatches == 0
         still_active = active & ~(epoch_ends & (kl > target_kl))
@@ -727,15 +729,15 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
-    partial = run_dir / "partial.msgpack"
+    unfinished = run_dir / "partial.msgpack"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(serialization.msgpack_serialize(checkpoint))
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.msgpack")
+    unfinished.replace(run_dir / "checkpoint.msgpack")
 
 
 def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, Path]:
@@ -862,7 +864,7 @@ def first(tree: Any) -> Any:
 
 
 def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
-    """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
+    """Turn `function` of one agent's arrays into one of arrays with an axis of agents in front, a part on each device.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
         spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
@@ -987,7 +989,7 @@ def learn(
         save(state, recent_returns, args, run_dir)
         stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
 

@@ -19,8 +19,8 @@ environment [1; 2, sec. 13.3]:
 
 and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
 the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out. A third, by
-default: returns are standardised in each update, which is a baseline and a step size in one (--no-norm-return).
+the end of the episode, and the factor gamma^t that the sum has for gamma < 1 [2, box in sec. 13.3] is left out. A
+third, by default: returns are standardised in each update, a baseline and a step size in one (--no-norm-return).
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage.py subtracts a learned baseline to lower it.
@@ -29,7 +29,7 @@ G_t depends on everything that happened after t. vpg_advantage.py subtracts a le
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
 Shapes: time comes first. T = the length of the longest episode, N = num_envs; D and A are the sizes of an observation
-and a Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 A resumed run is the uninterrupted one: every iteration starts new episodes, from seeds that the step decides.
 
 Run:   python reinforce.py --env-id CartPole-v1
@@ -190,7 +190,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -262,7 +262,7 @@ class Agent(nn.Module):
         out = self.actor(obs) / self.temperature
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+        if self.discrete:  # the argmax of logits plus Gumbel noise, -log of exponential, is a draw from their softmax
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
@@ -299,8 +299,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
-    act: Callable  # agent.act, and backward, as they are or compiled
-    backward: Callable
+    act: Callable  # agent.act, compiled or not
+    backward: Callable  # the function of this name, compiled or not
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -323,15 +323,16 @@ class Result(NamedTuple):
 
 def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
-    ret, following = torch.empty_like(reward), torch.zeros_like(reward[0])
-    for t in reversed(range(len(reward))):
-        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
-        ret[t] = following = reward[t] + gamma * (1 - done[t]) * following
-    return ret
+    ret, following = [], torch.zeros_like(reward[0])  # a list, for indexing tensors takes as long as the arithmetic
+    for reward_t, done_t in zip(reversed(reward.unbind()), reversed(done.unbind()), strict=True):
+        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9, whose R_{t+1} is our R_t)
+        following = reward_t + gamma * (1 - done_t) * following
+        ret.append(following)
+    return torch.stack(ret[::-1])
 
 
 def standardize(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean, unit deviation where `mask` is 1: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation where `mask` is 1, the population's: the sample's is NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = (((x - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
     return (x - mean) / (std + 1e-8)
@@ -339,7 +340,7 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
 
 def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
-    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Williams 1992; the sum over an episode is what makes it unbiased)
+    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8, summed over each episode: no bias)
     return -(logp * ret * mask).sum() / mask.shape[-1]
 
 
@@ -347,7 +348,7 @@ def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    """Raise FloatingPointError for a batch whose observations or rewards are not all finite."""
     for name in ("obs", "reward"):
         bad = np.argwhere(~np.isfinite(getattr(batch, name)))
         if len(bad):
@@ -408,7 +409,7 @@ def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, T
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
-    """One gradient step on one batch. Returns what is logged as well."""
+    """One gradient step on one batch. Also returns what to log."""
     agent, optimizer = state.agent, state.optimizer
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     ret = discounted_returns(batch.reward, batch.done, args.gamma)
@@ -446,15 +447,15 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     }
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    partial = run_dir / "partial.pt"
+    unfinished = run_dir / "partial.pt"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(buffer.getvalue())
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.pt")
+    unfinished.replace(run_dir / "checkpoint.pt")
 
 
 def load(state: State, args: Args) -> Path:
@@ -592,7 +593,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
                 break
         save(state, args, run_dir)
     if stop.number:
-        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=sys.stderr)
+        print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.number)
     return episodes
 

@@ -23,8 +23,8 @@ environment [1; 2, sec. 13.3]:
 
 and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
 the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t of the discounted objective [2, eq. 13.8 ff.] is left out. A third, by
-default: returns are standardised in each update, which is a baseline and a step size in one (--no-norm-return).
+the end of the episode, and the factor gamma^t that the sum has for gamma < 1 [2, box in sec. 13.3] is left out. A
+third, by default: returns are standardised in each update, a baseline and a step size in one (--no-norm-return).
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts a learned baseline to lower it.
@@ -33,7 +33,7 @@ G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts 
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
 Shapes: time comes first. T = the time limit of an episode, for shapes are fixed; N = num_envs; D and A are the sizes
-of an observation and a Box action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+of an observation and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; other
 environments are stepped on the host. A resumed run is the uninterrupted one: every iteration starts new episodes.
 
@@ -206,7 +206,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
             raise ValueError("no time limit of its own, give one with --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -224,8 +224,8 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
 
 
 class GymnaxEnvs:
-    """N copies of a gymnax environment, as pure functions to be compiled. They show, take and restart like those of
-    `make_envs`."""
+    """N copies of a gymnax environment, as pure functions to be compiled. Observations, actions and resets are
+    as in `make_envs`."""
 
     def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, for it takes seconds
@@ -416,7 +416,7 @@ def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
 
     def backward(following, now):
         reward_t, done_t = now
-        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9)
+        # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9, whose R_{t+1} is our R_t)
         ret = reward_t + gamma * (1 - done_t) * following
         return ret, ret
 
@@ -424,7 +424,7 @@ def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
 
 
 def standardize(x: Array, mask: Array) -> Array:
-    """Zero mean, unit deviation where `mask` is 1: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation where `mask` is 1, the population's: the sample's is NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = jnp.sqrt(((x - mean) ** 2 * mask).sum() / mask.sum())
     return (x - mean) / (std + 1e-8)
@@ -432,7 +432,7 @@ def standardize(x: Array, mask: Array) -> Array:
 
 def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
-    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Williams 1992; the sum over an episode is what makes it unbiased)
+    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8, summed over each episode: no bias)
     return -(logp * ret * mask).sum() / mask.shape[-1]
 
 
@@ -527,7 +527,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
-    """One gradient step on one batch. Returns what is logged as well."""
+    """One gradient step on one batch. Also returns what to log."""
     params = state.variables["params"]
     ret = discounted_returns(batch.reward, batch.done, args.gamma)
     ret = standardize(ret, batch.mask) if args.norm_return else ret
@@ -559,15 +559,15 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
-    partial = run_dir / "partial.msgpack"
+    unfinished = run_dir / "partial.msgpack"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(serialization.msgpack_serialize(checkpoint))
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.msgpack")
+    unfinished.replace(run_dir / "checkpoint.msgpack")
 
 
 def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, Path]:
@@ -691,7 +691,7 @@ def first(tree: Any) -> Any:
 
 
 def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
-    """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
+    """Turn `function` of one agent's arrays into one of arrays with an axis of agents in front, a part on each device.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
         spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
@@ -804,7 +804,7 @@ def learn(
         save(state, recent_returns, args, run_dir)
         stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
 

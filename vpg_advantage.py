@@ -11,10 +11,11 @@
 # ///
 """Vanilla policy gradient (VPG) with a learned baseline and generalised advantages, in PyTorch.
 
-REINFORCE weighs the score of each action by the return that followed. Subtracting from it what the state was worth
-anyway leaves the gradient's mean as it is and takes most of its variance away; a value network V learns that worth:
+REINFORCE weighs grad log pi of each action by the return that followed. Subtracting from that what the state was worth
+anyway keeps the gradient's mean and lowers its variance; a value network V learns this worth. With lambda < 1 it also
+stands in for rewards to come, which lowers the variance further, for some bias:
 
-    grad J = E_t[ A_t grad log pi(a_t|s_t) ]                                                                 [1, eq. 1]
+    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                     [1, eq. 1; 2, eq. 1]
 
 with a squared error for the value and an entropy bonus beside it, and A_t the generalised advantage
 
@@ -22,16 +23,18 @@ with a squared error for the value and an entropy bonus beside it, and A_t the g
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
 A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum.
+the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum. The mean over
+the steps of a batch, E_t, is REINFORCE's sum over an episode but for a constant factor, their mean length.
 
 This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
 one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo.py
 is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
-Shapes: time comes first. T = num_steps, N = num_envs, B = T * N; D and A are the sizes of an observation and a Box
-action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
+and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python vpg_advantage.py --env-id CartPole-v1
@@ -218,7 +221,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -322,7 +325,7 @@ class Agent(nn.Module):
         out = self.actor(self.normalize(obs))
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+        if self.discrete:  # the argmax of logits plus Gumbel noise, -log of exponential, is a draw from their softmax
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
@@ -356,7 +359,7 @@ class Batch(NamedTuple):
 
     @property
     def done(self) -> np.ndarray:  # [T, N]
-        return 1 - (1 - self.terminated) * (1 - self.truncated)
+        return 1 - (1 - self.terminated) * (1 - self.truncated)  # terminated or truncated
 
 
 class Minibatch(NamedTuple):
@@ -373,8 +376,8 @@ class State:
     """All that changes during training."""
 
     agent: Agent
-    act: Callable  # agent.act, and backward, as they are or compiled
-    backward: Callable
+    act: Callable  # agent.act, compiled or not
+    backward: Callable  # the function of this name, compiled or not
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
@@ -414,22 +417,22 @@ def gae(
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
-    ret = torch.empty_like(reward)
-    for t in range(len(reward)):
+    ret = []
+    for reward_t, done_t in zip(reward.unbind(), done.unbind(), strict=True):
         # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
-        ret[t] = reward[t] + gamma * carry
-        carry = (1 - done[t]) * ret[t]
-    return ret, carry
+        ret.append(reward_t + gamma * carry)
+        carry = (1 - done_t) * ret[-1]
+    return torch.stack(ret), carry
 
 
 def standardize(x: Tensor) -> Tensor:
-    """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
 def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
     """The policy-gradient loss: [...] -> scalar. Only its gradient means anything."""
-    # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2016, eq. 1)
+    # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2017, eq. 2)
     return -(logp * adv).mean()
 
 
@@ -443,7 +446,7 @@ def value_loss(value: Tensor, ret: Tensor) -> Tensor:
 
 
 def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    """Raise FloatingPointError for a batch whose observations or rewards are not all finite."""
     for name in ("obs", "reward", "next_obs"):
         bad = np.argwhere(~np.isfinite(getattr(batch, name)))
         if len(bad):
@@ -525,7 +528,7 @@ def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
-    """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
+    """Several epochs of minibatch gradient descent on one batch. Also returns the means of what to log."""
     agent, optimizer, (rank, size) = state.agent, state.optimizer, processes()
     batch = Batch(*(torch.from_numpy(x).to(state.device) for x in batch))
     with torch.no_grad():
@@ -536,7 +539,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
             reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
         value, next_value = agent.value(batch.obs), agent.value(batch.next_obs)
         adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-        ret = adv + value
+        ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
     data = Minibatch(*(x.flatten(0, 1) for x in (batch.obs, batch.action, adv, ret)))
 
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
@@ -545,7 +548,8 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
         order = torch.randperm(args.batch_size, device=state.device)
         if size > 1:
             dist.broadcast(order, 0)
-        for mb in map(Minibatch._make, zip(*(x[order].split(args.minibatch_size) for x in data), strict=True)):
+        for rows in order.split(args.minibatch_size):
+            mb = Minibatch(*(x[rows] for x in data))
             mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
             mb = Minibatch(*(x[rank::size] for x in mb)) if size > 1 else mb
             optimizer.zero_grad()
@@ -585,15 +589,15 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     }
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    partial = run_dir / "partial.pt"
+    unfinished = run_dir / "partial.pt"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(buffer.getvalue())
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.pt")
+    unfinished.replace(run_dir / "checkpoint.pt")
 
 
 def load(state: State, args: Args) -> Path:
@@ -736,7 +740,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         save(state, args, run_dir)
         stopped = max(gather(stop.number))  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {state.step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
 

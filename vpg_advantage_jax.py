@@ -15,10 +15,11 @@
 # ///
 """Vanilla policy gradient (VPG) with a learned baseline and generalised advantages, in JAX.
 
-REINFORCE weighs the score of each action by the return that followed. Subtracting from it what the state was worth
-anyway leaves the gradient's mean as it is and takes most of its variance away; a value network V learns that worth:
+REINFORCE weighs grad log pi of each action by the return that followed. Subtracting from that what the state was worth
+anyway keeps the gradient's mean and lowers its variance; a value network V learns this worth. With lambda < 1 it also
+stands in for rewards to come, which lowers the variance further, for some bias:
 
-    grad J = E_t[ A_t grad log pi(a_t|s_t) ]                                                                 [1, eq. 1]
+    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                     [1, eq. 1; 2, eq. 1]
 
 with a squared error for the value and an entropy bonus beside it, and A_t the generalised advantage
 
@@ -26,16 +27,18 @@ with a squared error for the value and an entropy bonus beside it, and A_t the g
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
 A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum.
+the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum. The mean over
+the steps of a batch, E_t, is REINFORCE's sum over an episode but for a constant factor, their mean length.
 
 This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
 one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo_jax.py
 is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
-Shapes: time comes first. T = num_steps, N = num_envs, B = T * N; D and A are the sizes of an observation and a Box
-action. Flags are floats, 0 or 1, and belong to the outcome of step t.
+Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
+and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; a
 resumed run is then bit for bit the uninterrupted one. Other environments are stepped on the host, and a resumed run
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
@@ -228,7 +231,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
-        if render_mode is not None:  # what rendering lacks is to be heard of now, not after hours of training
+        if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
             env.reset()
             env.render()
         space = env.observation_space
@@ -246,8 +249,8 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
 
 
 class GymnaxEnvs:
-    """N copies of a gymnax environment, as pure functions to be compiled. They show, take and restart like those of
-    `make_envs`."""
+    """N copies of a gymnax environment, as pure functions to be compiled. Observations, actions and resets are
+    as in `make_envs`."""
 
     def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, for it takes seconds
@@ -445,7 +448,7 @@ class Batch(NamedTuple):
 
     @property
     def done(self) -> Array:  # [T, N]
-        return 1 - (1 - self.terminated) * (1 - self.truncated)
+        return 1 - (1 - self.terminated) * (1 - self.truncated)  # terminated or truncated
 
 
 class Minibatch(NamedTuple):
@@ -514,13 +517,13 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
 
 
 def standardize(x: Array) -> Array:
-    """Zero mean, unit deviation: the population's, which is 0 and not NaN for a single number."""
+    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
 def policy_loss(logp: Array, adv: Array) -> Array:
     """The policy-gradient loss: [...] -> scalar. Only its gradient means anything."""
-    # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2016, eq. 1)
+    # E_t[ A_t log pi(a_t|s_t) ]    (Schulman et al. 2017, eq. 2)
     return -(logp * adv).mean()
 
 
@@ -625,10 +628,10 @@ def shuffles(key: Array, count: int, size: int) -> Array:
 
 
 def in_parts(function: Callable, data: Any, combine: Callable) -> Any:
-    """`function` of the rows of `data`, or what `combine` makes of its outcomes [parts, ...] for some at a time.
+    """`function(data)`; with many rows on a CPU what `combine` makes of its outcomes, [parts, ...], for equal parts of
+    the rows. A mean of their means is the mean.
 
-    The activations of many rows do not fit into a CPU's cache, those of some hundreds do, which is twice as fast. Few
-    rows are one part, and on a GPU all are.
+    The activations of many rows do not fit into the cache, those of some hundred do, which is twice as fast.
     """
     size = len(jax.tree.leaves(data)[0])
     rows = max((n for n in range(256, 513) if size % n == 0), default=size)
@@ -645,7 +648,7 @@ def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
-    """Several epochs of minibatch gradient descent on one batch. Returns the means of what is logged as well."""
+    """Several epochs of minibatch gradient descent on one batch. Also returns the means of what to log."""
     variables, reward, running_return = state.variables, batch.reward, state.running_return
     if args.norm_reward:
         running, running_return = running_returns(reward, batch.done, running_return, args.gamma)
@@ -656,7 +659,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     value_of = partial(agent.apply, variables, method="value")
     value, next_value = (in_parts(value_of, x, jnp.ravel).reshape(reward.shape) for x in (obs, next_obs))
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-    ret = adv + value
+    ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
     data = Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret)))
 
     lr = learning_rate(state.step, args)
@@ -702,15 +705,15 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
     checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
-    partial = run_dir / "partial.msgpack"
+    unfinished = run_dir / "partial.msgpack"
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(serialization.msgpack_serialize(checkpoint))
             os.fsync(file.fileno())  # or a power failure could leave the new name and no content
     except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk the log needs the room
+        unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
-    partial.replace(run_dir / "checkpoint.msgpack")
+    unfinished.replace(run_dir / "checkpoint.msgpack")
 
 
 def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, Path]:
@@ -837,7 +840,7 @@ def first(tree: Any) -> Any:
 
 
 def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
-    """`function`, of one agent's arrays, for arrays with an axis of agents in front, of which each device has a part.
+    """Turn `function` of one agent's arrays into one of arrays with an axis of agents in front, a part on each device.
     One agent alone runs without that axis inside, which is faster."""
     if args.num_seeds > 1:
         spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
@@ -962,7 +965,7 @@ def learn(
         save(state, recent_returns, args, run_dir)
         stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {step}, go on with --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
 

@@ -141,7 +141,7 @@ def test_a_signal_to_one_process_stops_all(script, tmp_path):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert err.count("go on with --resume runs/") == 1
+    assert err.count("go on with these flags and --resume runs/") == 1
     assert 0 < checkpoint(tmp_path)["step"] < 100_000_000
 
 

@@ -16,10 +16,8 @@ RF, VPG, PPO = ["reinforce"], ["vpg_advantage"], ["ppo"]
 RFJ, VPGJ, PPOJ = ["reinforce_jax"], ["vpg_advantage_jax"], ["ppo_jax"]
 AC, ACJ = VPG + PPO, VPGJ + PPOJ
 MUTANTS = [
-    (RF, "reward[t] + gamma * (1 - done[t]) * following", "reward[t] + gamma * following"),
-    (RF, "reward[t] + gamma * (1 - done[t]) * following", "reward[t] - gamma * (1 - done[t]) * following"),
-    (RFJ, "reward_t + gamma * (1 - done_t) * following", "reward_t + gamma * following"),
-    (RFJ, "reward_t + gamma * (1 - done_t) * following", "gamma * (reward_t + (1 - done_t) * following)"),
+    (RF + RFJ, "reward_t + gamma * (1 - done_t) * following", "reward_t + gamma * following"),
+    (RF + RFJ, "reward_t + gamma * (1 - done_t) * following", "gamma * (reward_t + (1 - done_t) * following)"),
     (RF + RFJ, "return -(logp * ret * mask).sum()", "return (logp * ret * mask).sum()"),
     (RF + RFJ, "return -(logp * ret * mask).sum()", "return -(logp * ret).sum()"),
     (RF + RFJ, "* mask).sum() / mask.shape[-1]", "* mask).sum() / mask.sum()"),
@@ -31,7 +29,7 @@ MUTANTS = [
     (AC + ACJ, "decay = gamma * gae_lambda * (1 - done)", "decay = gae_lambda * (1 - done)"),
     (AC, "delta_t + decay_t * following", "delta_t - decay_t * following"),
     (ACJ, "(delta, decay), reverse=True)", "(delta, decay))"),
-    (AC, "carry = (1 - done[t]) * ret[t]", "carry = ret[t]"),
+    (AC, "carry = (1 - done_t) * ret[-1]", "carry = ret[-1]"),
     (ACJ, "return (1 - done_t) * ret, ret", "return (1 - done_t) * carry, ret"),
     (AC, "x.std(correction=0) + 1e-8", "x.std() + 1e-8"),
     (ACJ, "(x.std() + 1e-8)", "(x.std(ddof=1) + 1e-8)"),

@@ -568,7 +568,7 @@ def test_signal_in_a_step(script, name, status, capsys):
     assert stopped.value.code == status
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     out, err = capsys.readouterr()
-    step, path = re.fullmatch(r"stopped at step (\d+), go on with --resume (\S+)\n", err).groups()
+    step, path = re.fullmatch(r"stopped at step (\d+), go on with these flags and --resume (\S+)\n", err).groups()
     assert int(step) == (20 if algorithm(script) == "reinforce" else 32)
     assert checkpoint(script, Path(path)).exists() and not out
 
@@ -604,7 +604,8 @@ def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
 def test_ctrl_c(script):
     status, out, err = interrupt(script, group=False)
     assert status == 130 and not out and "Traceback" not in err
-    step, path = re.search(r"^stopped at step (\d+), go on with --resume (\S+)$", err, re.MULTILINE).groups()
+    stopped = re.search(r"^stopped at step (\d+), go on with these flags and --resume (\S+)$", err, re.MULTILINE)
+    step, path = stopped.groups()
     result = run(script, resume=path, total_timesteps=int(step) + 640)  # what it printed can be used
     assert result.episode_steps.min() > int(step)
 
@@ -613,6 +614,6 @@ def test_ctrl_c(script):
 def test_ctrl_c_with_environment_processes(script):
     status, _, err = interrupt(script, "--async-envs", *BACKEND.get(script[-4:], ()), group=True)
     assert "Traceback" not in err and "error" not in err, err
-    path = re.search(r"^stopped at step \d+, go on with --resume (\S+)$", err, re.MULTILINE).group(1)
+    path = re.search(r"^stopped at step \d+, go on with these flags and --resume (\S+)$", err, re.MULTILINE).group(1)
     flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
     assert status == 130 and run(script, resume=path, eval_only=True, **flags).run_dir == Path(path)
