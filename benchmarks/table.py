@@ -22,9 +22,9 @@ HEADER = """# Results
 
 Written by `python benchmarks/table.py` from `benchmarks/results/`, which `python benchmarks/run.py` fills from
 `benchmarks/experiments.toml`. Means over all seeds that were run, 100, 101, ..., in brackets the 95 % bootstrap
-interval of that mean. *Training* is the mean return of the last 100 training episodes, *evaluation* that of fresh
-episodes with the trained agent. Times are of a whole process, one seed or all of a command with `--num-seeds`, and
-their median over processes.
+interval of that mean; of three seeds it is the lowest and the highest. *Training* is the mean return of the last 100
+training episodes, *evaluation* that of fresh episodes with the trained agent, 10 where the command does not say how
+many. Times are of a whole process, one seed or all of a command with `--num-seeds`, and their median over processes.
 
 Made with """
 
@@ -61,12 +61,12 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
         found += [f"last reward {with_interval(column(rows, 'last_reward'), digits=3)}"]
         found += [f"success {with_interval(success, 100)} %, worst seed {100 * success.min():.0f} %"]
     if e.threshold is not None:
-        at = f", at step {np.median(reached):,.0f} (median)" if len(reached) else ""
-        found += [f"{len(reached)} of {len(rows)} reached {e.threshold:g}{at}"]
-    if e.collapse is not None and len(reached):
-        lowest = column(rows, "lowest_after")
-        fell = (lowest < e.collapse).sum()
-        found += [f"{fell} fell below {e.collapse:g} after that, the lowest to {lowest.min():.0f}"]
+        found += [f"{len(reached)} of {len(rows)} reached {e.threshold:g}"]
+        if len(reached):
+            lowest = column(rows, "lowest_after")
+            found[-1] += f", at step {np.median(reached):,.0f} (median), after that the lowest was {lowest.min():.0f}"
+            if e.collapse is not None:
+                found[-1] += f", {(lowest < e.collapse).sum()} fell below {e.collapse:g}"
     if e.pass_mark is not None:
         margins = column(rows, "eval_mean") - column(rows, "eval_std")
         passed = f"{(margins >= e.pass_mark).sum()} of {len(rows)}"
