@@ -184,7 +184,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps."""
+    """Tells of an exception which environment it is from, and in which of its steps. Drops what `info` has besides
+    "episode", for it need not fit into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -192,10 +193,10 @@ class Named(gym.Wrapper):
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            outcome = method(*args, **kwargs)
-            if np.shape(outcome[0]) != self.shape:
-                raise ValueError(f"observation of shape {np.shape(outcome[0])}, not {self.shape}")
-            return outcome
+            obs, *outcome, info = method(*args, **kwargs)
+            if np.shape(obs) != self.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
+            return obs, *outcome, {name: info[name] for name in ("episode",) if name in info}
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error

@@ -170,7 +170,8 @@ def time_limit(args: Args) -> int | None:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps."""
+    """Tells of an exception which environment it is from, and in which of its steps. Drops what `info` has besides
+    "episode", for it need not fit into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -178,10 +179,10 @@ class Named(gym.Wrapper):
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            outcome = method(*args, **kwargs)
-            if np.shape(outcome[0]) != self.shape:
-                raise ValueError(f"observation of shape {np.shape(outcome[0])}, not {self.shape}")
-            return outcome
+            obs, *outcome, info = method(*args, **kwargs)
+            if np.shape(obs) != self.shape:
+                raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
+            return obs, *outcome, {name: info[name] for name in ("episode",) if name in info}
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
@@ -234,7 +235,8 @@ class GymnaxEnvs:
 
         env, self.params = gymnax.make(args.env_id.rpartition(":")[2])
         if args.max_episode_steps is not None:
-            self.params = self.params.replace(max_steps_in_episode=args.max_episode_steps)
+            kind = type(self.params.max_steps_in_episode)  # of some environments a float
+            self.params = self.params.replace(max_steps_in_episode=kind(args.max_episode_steps))
         self.time_limit = int(self.params.max_steps_in_episode)
         self.env, self.num_envs = LogWrapper(FlattenObservationWrapper(env)), num_envs
         self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
@@ -265,7 +267,7 @@ def uses_gymnax(args: Args) -> bool:
     if module:
         try:
             importlib.import_module(module)  # may register with gymnax
-        except ImportError:
+        except Exception:  # whatever a stranger's module raises
             return False  # Gymnasium will say what is wrong
     if args.env_backend == "gymnasium":
         return False

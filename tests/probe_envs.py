@@ -48,11 +48,13 @@ class Toy(gym.Env):
     """Random observations, reward 1, 20 steps unless told otherwise. Refuses actions outside its action space.
 
     `fault` happens in the reset, or in the steps numbered `fault_steps`, counted from the environment's making.
+    `talks` of what has another shape, or is of another kind, at every step.
     """
 
-    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,)):
+    def __init__(self, observation_space=BIT, action_space=None, length=20, fault=None, fault_steps=(5,), talks=False):
         self.observation_space, self.action_space = observation_space, action_space or Discrete(2)
         self.length, self.fault, self.fault_steps, self.lifetime = length, fault, fault_steps, 0
+        self.talks = talks
 
     def reset(self, *, seed=None, options=None):
         if self.fault == "reset":
@@ -61,7 +63,13 @@ class Toy(gym.Env):
         self.step_number, obs = 0, self.observation_space.sample()
         if seed is not None:
             RESETS[self.spec.id].append((seed, obs))
-        return obs, {}
+        return obs, self.info()
+
+    def info(self):
+        if not self.talks:
+            return {}
+        n = int(self.observation_space.sample().item() > 0)
+        return {"moves": np.zeros(1 + n), "winner": (None, 1)[n], "team": (3, {"red": "x"})[n], "final_obs": n}
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
@@ -74,7 +82,7 @@ class Toy(gym.Env):
                 signal.raise_signal(self.fault)
             if isinstance(self.fault, float):
                 reward = self.fault
-        return self.observation_space.sample(), reward, self.step_number == self.length, False, {}
+        return self.observation_space.sample(), reward, self.step_number == self.length, False, self.info()
 
 
 PROBES = {
@@ -97,6 +105,7 @@ TOYS = {
     "UnboundedBox-v0": {"action_space": floats([-np.inf], [np.inf])},
     "HalfBoundedBox-v0": {"action_space": floats([0], [np.inf])},
     "DiscreteStart-v0": {"action_space": Discrete(3, start=3)},
+    "Talks-v0": {"talks": True},
     "MultiDiscreteAction-v0": {"action_space": MultiDiscrete([2, 3])},
     "IntegerBoxAction-v0": {"action_space": Box(0, 5, (1,), np.int64)},
     "Image-v0": {"observation_space": Box(0, 255, (8, 8, 3), np.uint8)},

@@ -156,6 +156,20 @@ def test_one_line(script, words, text, main, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("def f(:", "line 1"), ("raise RuntimeError('no licence')", "no licence"), ("import nothing", "nothing")],
+)
+def test_module_that_cannot_be_imported(script, content, text, main, monkeypatch):
+    """Whatever it raises: one line."""
+    Path("mine.py").write_text(content)
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    status, err = main(script, f"{TINY[script]} --env-id mine:CartPole-v1")
+    check(status, err, "--env-id mine:CartPole-v1", text)
+
+
 @rows(TYRO)
 def test_words_that_make_no_arguments(script, words, text, main, tmp_path):
     status, err = main(script, f"{TINY[script]} {words}")

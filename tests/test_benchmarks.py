@@ -270,7 +270,8 @@ def test_results_table(done, monkeypatch):
     assert f"| `ppo.py` | 2 | {np.mean(values):.1f} [{values[0]:.1f}, {values[1]:.1f}] |" in text
     assert walk[0]["command"] in text and pole[0]["command"] in text
     assert f"success {50 * sum(float(row['success']) for row in walk):.1f} [" in text
-    assert re.search(r"2 of 2 reached 15, at step [\d,]+ \(median\), after that the lowest was \d+, 0 fell below 1", text)
+    told = r"2 of 2 reached 15, at step [\d,]+ \(median\), after that the lowest was \d+, 0 fell below 1"
+    assert re.search(told, text)
     margins = [float(row["eval_mean"]) - float(row["eval_std"]) for row in pole]
     assert f"mean - std >= 5 on {sum(m >= 5 for m in margins)} of 2, lowest {min(margins):.1f}" in text
     assert f"python {sys.version.split()[0]}" in text and "cores" in text

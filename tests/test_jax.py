@@ -387,6 +387,18 @@ def test_module_that_registers_with_gymnax(backend):
     assert "evaluation: " in process.stdout
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "BernoulliBandit-misc"])  # whose own limit is a float
+def test_other_time_limit(script, env_id):
+    module = importlib.import_module(script)
+    args = module.Args(env_id=env_id, env_backend="gymnax", max_episode_steps=3)
+    envs = module.GymnaxEnvs(args, 2)
+    state, _ = envs.reset(jax.random.PRNGKey(0))
+    for truncated in (0, 0, 1):
+        state, *_, found, _ = envs.step(jax.random.PRNGKey(1), state, jnp.zeros(2, int))
+        assert found.tolist() == [truncated] * 2
+
+
 BROKEN = """
 import jax.numpy as jnp
 from gymnax.registration import *

@@ -152,7 +152,7 @@ def finished(tmp_path_factory):
 
 
 GYMNASIUM = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0", "FrozenLake-v1", "Blackjack-v1"]
-TOYS = ["DictObs", "TupleObs", "UnequalBox", "UnboundedBox", "HalfBoundedBox", "DiscreteStart"]
+TOYS = ["DictObs", "TupleObs", "UnequalBox", "UnboundedBox", "HalfBoundedBox", "DiscreteStart", "Talks"]
 
 
 @each_script
@@ -302,6 +302,15 @@ def test_async_envs_change_nothing(script, finished):
     assert process.returncode == 0, err
     (run_dir,) = Path("runs").glob("*__async__*")
     assert same(run(script, resume=str(run_dir), eval_only=True, **flags).agent, expected)
+
+
+@ppo_first
+def test_async_envs_whose_infos_do_not_fit_together(script):
+    """They once hung: an answer was taken from a process and then waited for."""
+    flags = settings(script, env_id=toy("Talks"), async_envs=True)
+    flags |= {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
+    _, err = (process := start(str(ROOT / f"{script}.py"), *argv(flags))).communicate(timeout=200)
+    assert process.returncode == 0, err
 
 
 PLUMBING = {"exp_name", "env_id", "cuda", "async_envs", "capture_video", "save_every", "resume", "eval_only"}
