@@ -107,7 +107,8 @@ def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
         cells += [e.published, len(rows)]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
         commands += [rows[0]["command"]]
-    return "\n".join([*lines, "\n```", *commands, "```\n"])
+    folded = ["\n<details><summary>Commands, with the first seed</summary>\n\n```", *commands, "```\n\n</details>\n"]
+    return "\n".join([*lines, *folded])
 
 
 def long_runs(rows: list[dict[str, str]]) -> str:
