@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium as gym
@@ -180,7 +181,8 @@ def test_interruption(number):
     assert [row["seed"] for row in rows("a.ppo")] == ["100"]
     first = Path("results", "a.ppo.csv").read_text()
     if number == signal.SIGTERM:
-        assert logged(run_dir("ppo", 101), "charts/SPS")[-1].step < 20480  # the run was told to stop, too
+        with suppress(KeyError):  # told to stop before its first iteration was over
+            assert logged(run_dir("ppo", 101), "charts/SPS")[-1].step < 20480  # the run was told to stop, too
     tool("run", "--table", "table.toml", "--out", "results")
     assert Path("results", "a.ppo.csv").read_text().startswith(first)
     assert [row["seed"] for row in rows("a.ppo")] == ["100", "101"]

@@ -315,6 +315,7 @@ def test_async_envs_whose_infos_do_not_fit_together(script):
 
 PLUMBING = {"exp_name", "env_id", "cuda", "async_envs", "capture_video", "save_every", "resume", "eval_only"}
 PLUMBING |= {"eval_episodes", "eval_sample", "return_window", "target_return", "env_backend", "num_seeds"}
+PLUMBING |= {"compile", "shard_envs"}  # which change the rounding at most
 OTHER_VALUES = {  # of flags that are no switches
     "seed": 2,
     "total_timesteps": 300,
