@@ -29,7 +29,7 @@ the cut. Only `terminated` says that nothing follows; `done`, terminated or trun
 [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
-and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
+and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python ppo.py --env-id CartPole-v1

@@ -33,7 +33,7 @@ the cut. Only `terminated` says that nothing follows; `done`, terminated or trun
 [2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
-and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
+and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; a
 resumed run is then bit for bit the uninterrupted one. Other environments are stepped on the host, and a resumed run
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.

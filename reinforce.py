@@ -29,7 +29,7 @@ G_t depends on everything that happened after t. vpg_advantage.py subtracts a le
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
 Shapes: time comes first. T = the length of the longest episode, N = num_envs; D and A are the sizes of an observation
-and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
+and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
 A resumed run is the uninterrupted one: every iteration starts new episodes, from seeds that the step decides.
 
 Run:   python reinforce.py --env-id CartPole-v1

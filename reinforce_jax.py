@@ -33,7 +33,7 @@ G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts 
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
 Shapes: time comes first. T = the time limit of an episode, for shapes are fixed; N = num_envs; D and A are the sizes
-of an observation and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
+of an observation and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; other
 environments are stepped on the host. A resumed run is the uninterrupted one: every iteration starts new episodes.
 

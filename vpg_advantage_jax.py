@@ -19,7 +19,7 @@ REINFORCE weighs grad log pi of each action by the return that followed. Subtrac
 anyway keeps the gradient's mean and lowers its variance; a value network V learns this worth. With lambda < 1 it also
 stands in for rewards to come, which lowers the variance further, for some bias:
 
-    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                     [1, eq. 1; 2, eq. 1]
+    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
 
 with a squared error for the value and an entropy bonus beside it, and A_t the generalised advantage
 
@@ -38,7 +38,7 @@ is about taking many.
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
-and a Box action. Rewards and flags, floats of 0 or 1, belong to the outcome of step t.
+and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; a
 resumed run is then bit for bit the uninterrupted one. Other environments are stepped on the host, and a resumed run
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
