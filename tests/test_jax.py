@@ -315,7 +315,7 @@ def test_threads(script, monkeypatch):
     assert seen.pop() == os.environ["NPROC"] == "5"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 def test_log_and_evaluation_of_many_seeds(script, capsys):
     """Mean and 95 % interval over seeds at every iteration, and the final mean return of each seed under its number;
     --eval-only of that checkpoint: a line for each agent, and the numbers of the run's own evaluation."""
@@ -415,7 +415,7 @@ BROKEN_CODE = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", MOSTLY_SLOW)
 @pytest.mark.parametrize("name", [pytest.param("obs", marks=pytest.mark.slow), "reward"])
 def test_numbers_that_are_not_finite(script, name, monkeypatch):
     """From within the compiled program too: what, in which environment, at which step, and which checkpoint."""

@@ -107,8 +107,15 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SPACES)
-@pytest.mark.parametrize(("name", "flags"), [(name, flags) for name in PAIRS for flags in FLAGS[name]])
+def half_slow(cases):
+    """Every value among the fast tests, but only half of the combinations."""
+    return [pytest.param(*case, marks=[] if i % 4 in (0, 3) else [pytest.mark.slow]) for i, case in enumerate(cases)]
+
+
+UPDATES = [(name, flags, kind) for name in PAIRS for flags in FLAGS[name] for kind in SPACES]
+
+
+@pytest.mark.parametrize(("name", "flags", "kind"), half_slow(UPDATES))
 def test_one_update(name, flags, kind):
     """The whole update: metrics, parameters after one optimiser step, running statistics, next step count."""
     torch_module, torch_args, agent, jax_module, jax_args, jax_agent, variables = build(name, kind, **flags)
@@ -137,8 +144,7 @@ def test_one_update(name, flags, kind):
     assert int(jax_state.step) == T * N
 
 
-@pytest.mark.parametrize("kind", SPACES)
-@pytest.mark.parametrize("name", PAIRS[1:])
+@pytest.mark.parametrize(("name", "kind"), half_slow([(name, kind) for name in PAIRS[1:] for kind in SPACES]))
 def test_one_update_in_parts(name, kind, monkeypatch):
     """4,800 rows, which JAX takes in ten parts and PyTorch all at once."""
     monkeypatch.setattr(sys.modules[__name__], "N", 300)
