@@ -146,6 +146,12 @@ class Args:
         return self.num_iterations * self.batch_size
 
 
+def plain(args: Args) -> Args:
+    """The same flags in Python's own types: a caller may have given NumPy's numbers, or a Path to resume from."""
+    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
+    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"])})
+
+
 def check_args(args: Args) -> None:
     """Raise ValueError, naming the flag, for values that make no run."""
     for f in fields(args):
@@ -162,8 +168,8 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if args.seed + args.num_seeds > 2**32:
         raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
-    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
-        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
+    if len(os.fsencode(args.exp_name)) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 bytes")
     if args.shard_envs and args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: these share the devices as they are, without --shard-envs")
     if args.eval_only and args.resume is None:
@@ -194,8 +200,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Drops what `info` has besides
-    "episode", for it need not fit into one array for all environments."""
+    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
+    reset may write over, and drops `info`, which need not fit into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -203,10 +209,10 @@ class Named(gym.Wrapper):
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            obs, *outcome, info = method(*args, **kwargs)
+            obs, *outcome, _ = method(*args, **kwargs)
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            return obs, *outcome, {name: info[name] for name in ("episode",) if name in info}
+            return np.array(obs), *map(float, outcome), {}
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
@@ -222,8 +228,8 @@ class Named(gym.Wrapper):
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
-    if args.async_envs and multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
+    if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
+        os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
@@ -240,7 +246,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
@@ -722,7 +728,8 @@ def identity(args: Args) -> dict:
     """What a checkpoint must share with the run that loads it."""
     names = ("env_id", "num_envs", "num_seeds", "hidden_sizes", "activation", "norm_obs")
     backend = "gymnax" if uses_gymnax(args) else "gymnasium"
-    ours = {"format": 1, "script": "ppo_jax.py", "env_backend": backend} | {name: getattr(args, name) for name in names}
+    ours = {"format": 1, "script": "ppo_jax.py", "env_backend": backend}
+    ours |= {name: getattr(args, name) for name in names}
     return json.loads(json.dumps(ours))  # with lists for tuples, as in the file
 
 
@@ -774,8 +781,11 @@ def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
-    run_dir = next(path for path in paths if not path.exists())
-    run_dir.mkdir(parents=True)
+    Path("runs").mkdir(exist_ok=True)
+    for run_dir in paths:
+        with suppress(FileExistsError):
+            run_dir.mkdir()
+            break
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
     return run_dir
 
@@ -924,6 +934,13 @@ def log(writer: Any, scalars: list[tuple[str, float]], step: int) -> None:
     writer.file_writer.add_summary(Summary(value=values), int(step))
 
 
+def solved(recent_returns: list[deque], args: Args) -> bool:
+    """Whether a full window of each agent's returns has the mean --target-return."""
+    full = all(len(returns) == args.return_window for returns in recent_returns)
+    lowest = min(sum(returns) / args.return_window for returns in recent_returns)
+    return args.target_return is not None and full and lowest >= args.target_return
+
+
 def learn(
     state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
 ) -> tuple[State, list[list[tuple[float, int]]]]:
@@ -941,7 +958,7 @@ def learn(
         tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), step)
-        while step < args.last_step and (ahead or not stopped):
+        while step < args.last_step and not solved(recent_returns, args) and (ahead or not stopped):
             lr = learning_rate(step, args)
             state, *outcome = ahead or train_step(state)
             step, iteration = step + args.batch_size, iteration + 1
@@ -981,9 +998,6 @@ def learn(
             if to_save:
                 save(state, recent_returns, args, run_dir)
                 writer.flush()
-            full = all(len(returns) == args.return_window for returns in recent_returns)
-            if args.target_return is not None and full and mean_returns.min() >= args.target_return:
-                break
             stopped = int(fetch(np.array([stop.number])).max())
         if args.num_seeds > 1:
             for s, mean_return in enumerate(mean_returns):
@@ -1042,6 +1056,7 @@ def train(args: Args) -> Result:
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
+    args = plain(args)
     check_args(args)
     devices = pick_devices(args)
     here = next(device for device in devices if device.process_index == jax.process_index())
@@ -1055,11 +1070,12 @@ def train(args: Args) -> Result:
 
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
-        state, run_dir = load(state, recent_returns, args) if args.resume else (state, None)
+        state, run_dir = (state, None) if args.resume is None else load(state, recent_returns, args)
         step, episodes = int(fetch(state.step).min()), [[] for _ in seeds]
         run_dir = Path(scratch) if jax.process_index() else run_dir
-        if step >= args.last_step and not args.eval_only:
-            print(f"nothing to train: {run_dir} is at step {step} already")
+        finished = step >= args.last_step or solved(recent_returns, args)
+        if finished and not args.eval_only:
+            print(f"nothing to train: {run_dir} is finished at step {step}")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             if not isinstance(envs, GymnaxEnvs):

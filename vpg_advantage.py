@@ -49,6 +49,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -57,7 +58,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -143,6 +144,12 @@ def processes() -> tuple[int, int]:
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
 
 
+def plain(args: Args) -> Args:
+    """The same flags in Python's own types: a caller may have given NumPy's numbers, or a Path to resume from."""
+    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
+    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"])})
+
+
 def check_args(args: Args) -> None:
     """Raise ValueError, naming the flag, for values that make no run."""
     for f in fields(args):
@@ -159,10 +166,12 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--num-envs {args.num_envs}: it and the minibatch must divide evenly among the processes")
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
-    if len(args.exp_name) > 100:  # a file system takes 255 for the whole name
-        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 characters")
+    if len(os.fsencode(args.exp_name)) > 100:  # a file system takes 255 for the whole name
+        raise ValueError(f"--exp-name {args.exp_name}: longer than 100 bytes")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
+    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError("--compile: needs a C++ compiler, g++ or what the variable CXX names")
     if args.capture_video and find_spec("moviepy") is None:
         raise ValueError("--capture-video: needs moviepy: pip install moviepy")
 
@@ -187,8 +196,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Drops what `info` has besides
-    "episode", for it need not fit into one array for all environments."""
+    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
+    reset may write over, and drops `info`, which need not fit into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -196,10 +205,10 @@ class Named(gym.Wrapper):
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
-            obs, *outcome, info = method(*args, **kwargs)
+            obs, *outcome, _ = method(*args, **kwargs)
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            return obs, *outcome, {name: info[name] for name in ("episode",) if name in info}
+            return np.array(obs), *map(float, outcome), {}
         except Exception as error:  # whatever a stranger's environment raises
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
@@ -215,8 +224,8 @@ class Named(gym.Wrapper):
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
     """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
     and for spaces that an MLP cannot serve."""
-    if args.async_envs and multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process: let the main one decide
+    if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
+        os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
@@ -233,7 +242,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"observations {space} have no fixed size")
         space, to_env = action_frame(env.action_space)
-        env = Named(gym.wrappers.RecordEpisodeStatistics(env), index)
+        env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
     except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
@@ -638,8 +647,11 @@ def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
-    run_dir = next(path for path in paths if not path.exists())
-    run_dir.mkdir(parents=True)
+    Path("runs").mkdir(exist_ok=True)
+    for run_dir in paths:
+        with suppress(FileExistsError):
+            run_dir.mkdir()
+            break
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
     return run_dir
 
@@ -696,6 +708,12 @@ def compiled(function: Callable, args: Args) -> Callable:
     return torch.compile(function, options={"fallback_random": True, "triton.cudagraphs": args.cuda})
 
 
+def solved(recent_returns: deque, args: Args) -> bool:
+    """Whether a full window of returns has the mean --target-return."""
+    full = len(recent_returns) == args.return_window
+    return args.target_return is not None and full and sum(recent_returns) / args.return_window >= args.target_return
+
+
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes, stopped = [], 0
@@ -707,7 +725,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
-        while state.step < args.last_step and not stopped:
+        while state.step < args.last_step and not solved(state.recent_returns, args) and not stopped:
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
             parts = zip(*gather(batch), strict=True)  # from here on every process has the same batch
@@ -734,9 +752,6 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             if args.save_every and state.iteration % args.save_every == 0:
                 save(state, args, run_dir)
                 writer.flush()
-            full = len(state.recent_returns) == args.return_window
-            if args.target_return is not None and full and mean_return >= args.target_return:
-                break
             stopped = max(gather(stop.number))
         save(state, args, run_dir)
         stopped = max(gather(stop.number))  # by a signal that came since, too
@@ -766,6 +781,7 @@ def train(args: Args) -> Result:
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
+    args = plain(args)
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
     torch.manual_seed(args.seed)
@@ -782,13 +798,14 @@ def train(args: Args) -> Result:
             obs=np.zeros(envs.observation_space.shape),
             running_return=torch.zeros(args.num_envs, device=device),
         )
-        run_dir = load(state, args) if args.resume else None
+        run_dir = None if args.resume is None else load(state, args)
         if rank:
             run_dir = Path(scratch)
             torch.manual_seed(env_seeds(args.seed, state.step, size, stream=2)[rank])  # other actions than rank 0
         episodes = []
-        if state.step >= args.last_step and not args.eval_only:
-            print(f"nothing to train: {run_dir} is at step {state.step} already")
+        finished = state.step >= args.last_step or solved(state.recent_returns, args)
+        if finished and not args.eval_only:
+            print(f"nothing to train: {run_dir} is finished at step {state.step}")
             args = replace(args, eval_episodes=0)
         elif not args.eval_only:
             seeds = env_seeds(args.seed, state.step, args.num_envs)

@@ -69,7 +69,8 @@ class Toy(gym.Env):
         if not self.talks:
             return {}
         n = int(self.observation_space.sample().item() > 0)
-        return {"moves": np.zeros(1 + n), "winner": (None, 1)[n], "team": (3, {"red": "x"})[n], "final_obs": n}
+        info = {"moves": np.zeros(1 + n), "winner": (None, 1)[n], "team": (3, {"red": "x"})[n]}
+        return info | {"episode": n, "final_obs": n}  # names that Gymnasium's wrappers and vectors use
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"

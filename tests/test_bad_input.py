@@ -92,7 +92,7 @@ ENVIRONMENTS = [
     (JAX, "--env-id CartPol-v1 --env-backend gymnax", "did you mean `CartPole-v1`"),
     (JAX, "--env-id Breakout-MinAtr", "did you mean `Breakout-MinAtar`"),
     (JAX, "--env-id NoSuchThing-v0 --env-backend gymnax", "not in registered gymnax environments"),
-    (SCRIPTS, f"--exp-name {'x' * 101}", "longer than 100 characters"),
+    (SCRIPTS, f"--exp-name {'é' * 51}", "longer than 100 bytes"),
     (SCRIPTS, f"--env-id {'x' * 5000}", "doesn't exist"),
     (SCRIPTS, toy("Image"), "Box(0, 255, (8, 8, 3), uint8) need a convolutional network"),
     (SCRIPTS, toy("SequenceObs"), "Sequence("),
@@ -284,8 +284,8 @@ def test_unreadable_checkpoint(script, main, saved, tmp_path):
 @pytest.mark.parametrize("script", JAX_LATER)
 def test_missing_checkpoint(script, main, tmp_path):
     (tmp_path / "empty").mkdir()
-    for path in ("nowhere", "nowhere/checkpoint.pt", "empty"):
-        check(*main(script, f"{TINY[script]} --resume {path}"), "--resume", path)
+    for path in ("nowhere", "nowhere/checkpoint.pt", "empty", ""):
+        check(*main(script, f"{TINY[script]} --resume={path}"), "--resume", path)
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -432,6 +432,13 @@ EXTRAS = [
     ("moviepy", "--capture-video", "pip install moviepy"),
     ("pygame", "--capture-video", "gymnasium[classic-control]"),
 ]
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in JAX])
+def test_no_compiler(script, main, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check(*main(script, f"{TINY[script]} --compile"), "--compile", "C++ compiler")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", PPO_FIRST)

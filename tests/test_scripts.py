@@ -440,6 +440,9 @@ def test_target_return(script):
     assert len(result.episode_returns) >= 10
     assert (result.episode_steps <= iterations[-2]).sum() < 10
     assert checkpoint(script, result.run_dir).exists()
+    before = contents(result.run_dir)
+    resumed = run(script, target_return=1.0, return_window=10, resume=str(result.run_dir))
+    assert not len(resumed.episode_steps) and contents(result.run_dir) == before
 
 
 @each_script
@@ -533,6 +536,18 @@ def test_resume_with_more_steps(script, finished, tmp_path):
 
 
 @each_script
+def test_called_with_a_path_and_numpy_numbers(script, finished, tmp_path):
+    run_dir = shutil.copytree(finished(script).folder, tmp_path / "run")
+    more = np.int64(settings(script)["total_timesteps"] + 256)
+    result = run(script, resume=run_dir, total_timesteps=more, learning_rate=np.float32(1e-3))
+    assert result.run_dir == run_dir and len(result.episode_steps)
+    run(script, resume=str(run_dir), eval_only=True)  # what it saved can be read
+    fresh = run(script, seed=np.arange(3)[2], hidden_sizes=(np.int64(8),))
+    flags = json.loads((fresh.run_dir / "args.json").read_text())
+    assert (flags["seed"], flags["hidden_sizes"]) == (2, [8])
+
+
+@each_script
 def test_resume_of_a_finished_run(script, finished, tmp_path, monkeypatch, capsys):
     run_dir = shutil.copytree(finished(script).folder, tmp_path / "run")
     before = contents(tmp_path)
@@ -594,10 +609,10 @@ def test_second_interrupt_stops_at_once(script):
 BACKEND = {"_jax": ("--env-backend", "gymnasium")}
 
 
-def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
-    """Start a run that would take days, press Ctrl-C at its progress bar. Returns its status, stdout and stderr.
+def interrupt(script: str, *flags: str, group: bool, number=signal.SIGINT) -> tuple[int, str, str]:
+    """Start a run that would take days, send a signal at its progress bar. Returns its status, stdout and stderr.
 
-    A terminal sends the signal to all processes of the foreground group.
+    A terminal sends Ctrl-C to all processes of the foreground group, as `timeout` does SIGTERM.
     """
     words = argv(settings(script, total_timesteps=10**9))
     process = start(str(ROOT / f"{script}.py"), *words, *flags, start_new_session=True)
@@ -605,7 +620,7 @@ def interrupt(script: str, *flags: str, group: bool) -> tuple[int, str, str]:
     while "steps/s" not in err:
         assert process.poll() is None, err
         err += os.read(process.stderr.fileno(), 4096).decode()
-    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if group else os.kill)(process.pid, number)
     out, rest = process.communicate(timeout=200)
     return process.returncode, out, err + rest
 
@@ -621,9 +636,10 @@ def test_ctrl_c(script):
 
 
 @ppo_first
-def test_ctrl_c_with_environment_processes(script):
-    status, _, err = interrupt(script, "--async-envs", *BACKEND.get(script[-4:], ()), group=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_environment_processes_too(script, number):
+    status, _, err = interrupt(script, "--async-envs", *BACKEND.get(script[-4:], ()), group=True, number=number)
     assert "Traceback" not in err and "error" not in err, err
     path = re.search(r"^stopped at step \d+, go on with these flags and --resume (\S+)$", err, re.MULTILINE).group(1)
     flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
-    assert status == 130 and run(script, resume=path, eval_only=True, **flags).run_dir == Path(path)
+    assert status == 128 + number and run(script, resume=path, eval_only=True, **flags).run_dir == Path(path)

@@ -10,14 +10,15 @@ class Ledger(gym.Env):
     """Observations (RESET or 0, episode, step), rewards 100 * episode + step, actions ignored.
 
     Without `length`, episode e takes 1 + 3 e mod 7 steps; it is terminated if e mod 3 is 0, truncated if 1, both if 2.
-    The seed chooses the first episode, so that environments side by side get out of step.
+    The seed chooses the first episode, so that environments side by side get out of step. Every observation is the same
+    array, written over.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
     action_space = gym.spaces.Discrete(2)
 
     def __init__(self, length=None):
-        self.fixed_length = length
+        self.fixed_length, self.obs = length, np.zeros(3, np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -25,13 +26,14 @@ class Ledger(gym.Env):
             self.episode = seed % 7
         self.episode, self.now = self.episode + 1, 0
         self.length = self.fixed_length or 1 + 3 * self.episode % 7
-        return np.array([RESET, self.episode, 0], np.float32), {}
+        self.obs[:] = RESET, self.episode, 0
+        return self.obs, {}
 
     def step(self, action):
         self.now += 1
         over, kind = self.now == self.length, 0 if self.fixed_length else self.episode % 3
-        obs = np.array([0, self.episode, self.now], np.float32)
-        return obs, 100.0 * self.episode + self.now, over and kind != 1, over and kind != 0, {}
+        self.obs[:] = 0, self.episode, self.now
+        return self.obs, 100.0 * self.episode + self.now, over and kind != 1, over and kind != 0, {}
 
 
 class Echo(gym.Env):
