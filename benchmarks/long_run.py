@@ -43,27 +43,29 @@ def main(minutes: float = 30, every: float = 60, out: Path = HERE / "results" / 
             script, *flags = command.split()
             line = [sys.executable, HERE.parent / script, *flags]
             processes[name] = subprocess.Popen(line, cwd=cwd, stderr=subprocess.DEVNULL)
-        start = time.monotonic()
-        while time.monotonic() - start < 60 * minutes:
-            time.sleep(every)
-            for name, process in processes.items():
-                if name not in logs:
-                    (run_dir,) = Path(folder, name.replace(", ", "-")).glob("runs/*")
-                    logs[name] = EventAccumulator(str(run_dir), size_guidance={"scalars": 1})
-                steps = logs[name].Reload().Scalars("charts/SPS")[-1].step
-                memory, files, seconds = sample(process.pid)
-                last_steps, last_seconds = before.get(name, (0, 0.0))
-                cost = (seconds - last_seconds) / max(steps - last_steps, 1) * 1000
-                before[name] = steps, seconds
-                row = {"run": name, "minute": f"{(time.monotonic() - start) / 60:.1f}", "step": steps}
-                rows.append(row | {"memory": f"{memory:.1f}", "files": files, "seconds_per_1000": f"{cost:.4f}"})
-            with out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        for process in processes.values():
-            process.terminate()
-            process.wait()
+        try:
+            start = time.monotonic()
+            while time.monotonic() - start < 60 * minutes:
+                time.sleep(every)
+                for name, process in processes.items():
+                    if name not in logs:
+                        (run_dir,) = Path(folder, name.replace(", ", "-")).glob("runs/*")
+                        logs[name] = EventAccumulator(str(run_dir), size_guidance={"scalars": 1})
+                    steps = logs[name].Reload().Scalars("charts/SPS")[-1].step
+                    memory, files, seconds = sample(process.pid)
+                    last_steps, last_seconds = before.get(name, (0, 0.0))
+                    cost = (seconds - last_seconds) / max(steps - last_steps, 1) * 1000
+                    before[name] = steps, seconds
+                    row = {"run": name, "minute": f"{(time.monotonic() - start) / 60:.1f}", "step": steps}
+                    rows.append(row | {"memory": f"{memory:.1f}", "files": files, "seconds_per_1000": f"{cost:.4f}"})
+                with out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(rows)
+        finally:
+            for process in processes.values():
+                process.terminate()
+                process.wait()
 
 
 if __name__ == "__main__":

@@ -57,7 +57,6 @@ class Experiment:
     shows: str = ""
     why: str = ""
     published: str = ""
-    minutes: float | None = None
     one_program: bool = False
     threshold: float | None = None
     collapse: float | None = None

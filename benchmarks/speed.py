@@ -176,7 +176,7 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
 def in_fresh_process(program: Callable, cores: int, **settings) -> tuple[Any, float, float]:
     """What the program returns, its memory [MB, at the peak], and when its process was started."""
     command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings])]
-    env = os.environ | {"TQDM_MININTERVAL": "0.5"} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
+    env = os.environ | {"TQDM_DISABLE": ""} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
@@ -189,9 +189,11 @@ def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
     """Run a program. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
     marks, memory, start = in_fresh_process(program, cores, **settings)
     times, steps = np.array(marks).T
+    if {"target", "target_return"} & settings.keys() and steps[-1] > 0.99 * settings.get("steps", 200_000):
+        raise RuntimeError(f"{program.__name__} did not reach the target: {settings}")
     warm = len(marks) // 3 if len(marks) > 2 else 0
     speed = (steps[-1] - steps[warm]) / (times[-1] - times[warm])
-    return {"start": times[0] - start, "total": times[-1] - start, "speed": speed, "memory": memory, "steps": steps[-1]}
+    return {"start": times[0] - start, "total": times[-1] - start, "speed": speed, "memory": memory}
 
 
 def worker(name: str, cores: int, settings: dict) -> None:

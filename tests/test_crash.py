@@ -96,10 +96,10 @@ def kill_often(script: str, kills: int) -> Path:
 
 
 def ends_as_the_uninterrupted_run(script: str, run_dir: Path) -> None:
-    """Two hundred steps on, a folder that was killed and one that was not."""
+    """Ten iterations on, a folder that was killed and one that was not."""
     jax, module = importlib.import_module("jax"), importlib.import_module(script)
-    suffix = 2 * 16 * (iteration(script, run_dir / "checkpoint.msgpack") + 10)
-    words = f"--total-timesteps {suffix} --no-anneal-lr"
+    total = 2 * 16 * (iteration(script, run_dir / "checkpoint.msgpack") + 10)
+    words = f"--total-timesteps {total} --no-anneal-lr"
     killed = resume(script, run_dir, words)
     whole = module.train(module.tyro.cli(module.Args, args=[*TINY[script].split(), *words.split()]))
     leaves = [jax.tree.leaves(result.agent) for result in (killed, whole)]

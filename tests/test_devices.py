@@ -134,6 +134,7 @@ def test_a_signal_to_one_process_stops_all(script, tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         while not list(tmp_path.glob("runs/*/events*")):
+            assert process.poll() is None
             time.sleep(0.2)
         time.sleep(3)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

@@ -338,6 +338,38 @@ def test_log_and_evaluation_of_many_seeds(script, capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_rollout_in_the_program(script):
+    """Every successor is what Gymnasium's CartPole makes of the row, where an episode ends too; the next row goes on
+    from it, or from a reset, whose numbers are at most 0.05."""
+    module = importlib.import_module(script)
+    args = small_args(module, num_steps=40, max_episode_steps=15)
+    envs = module.make_envs(args)
+    agent = module.make_agent(envs, args)
+    state = module.init_state(np.uint32(1), agent, envs, args)
+    state, batch = jax.jit(lambda state: module.rollout(state, agent, envs, args))(state)
+    batch = module.Batch(*map(np.asarray, batch))
+    host, fell = gym.make("CartPole-v1").unwrapped, np.zeros((40, 4))
+    length = np.zeros(4)
+    for t, n in np.ndindex(40, 4):
+        host.reset()
+        host.state = batch.obs[t, n].astype(float)
+        successor, _, fell[t, n], _, _ = host.step(int(batch.action[t, n]))
+        np.testing.assert_allclose(batch.next_obs[t, n], successor, atol=1e-5)
+        length[n] += 1
+        assert batch.truncated[t, n] == (length[n] == 15)
+        if batch.done[t, n]:
+            assert batch.episode_return[t, n] == batch.episode_length[t, n] == length[n]
+            length[n] = 0
+    np.testing.assert_array_equal(batch.terminated, fell)
+    assert batch.terminated.any() and batch.truncated.any()
+    following = np.concatenate([batch.obs[1:], np.asarray(state.obs)[None]])
+    same = (following == batch.next_obs).all(-1)
+    np.testing.assert_array_equal(same, batch.done == 0)
+    assert (np.abs(following[batch.done > 0]) <= 0.05).all()
+    np.testing.assert_array_equal(batch.step, 4 * np.arange(1, 41))
+
+
 def test_rollout_of_reinforce_stops_with_the_last_episode():
     """The buffer has the length of the time limit, but no step is played once every environment is done."""
     module = importlib.import_module("reinforce_jax")

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import closing
 from functools import partial
 
 import gymnasium as gym
@@ -87,7 +88,8 @@ def random_batch(name, module, kind, rng):
 
 
 def build(name, kind, **flags):
-    """Twin agents with equal weights, moved away from the initial ones (whose policy is nearly uniform)."""
+    """Twin agents with equal weights and statistics, moved away from the initial ones (a policy that is nearly uniform,
+    statistics that do nothing)."""
     torch_module, jax_module = modules(name)
     torch_args, jax_args = args_for(name, torch_module, jax_module, **flags)
     torch.manual_seed(0)
@@ -95,9 +97,15 @@ def build(name, kind, **flags):
     with torch.no_grad():
         for p in agent.parameters():
             p.add_(0.1 * torch.randn_like(p))
+        for name_, buffer in agent.named_buffers():  # as if 100 rows had been seen
+            buffer.copy_(torch.tensor(100.0) if name_.endswith("count") else 0.5 + torch.rand_like(buffer))
     jax_agent = jax_module.make_agent(Spaces(kind), jax_args)
     variables = jax.jit(jax_agent.init)(jax.random.PRNGKey(0), jnp.zeros((N, D)))
-    return torch_module, torch_args, agent, jax_module, jax_args, jax_agent, {**variables, "params": to_flax(agent)}
+    variables = {**variables, "params": to_flax(agent)}
+    for name_, buffer in agent.named_buffers():
+        stats, field = name_.split(".")
+        variables["stats"][stats][field] = jnp.asarray(buffer.numpy().copy())
+    return torch_module, torch_args, agent, jax_module, jax_args, jax_agent, variables
 
 
 FLAGS = {
@@ -117,17 +125,21 @@ UPDATES = [(name, flags, kind) for name in PAIRS for flags in FLAGS[name] for ki
 
 @pytest.mark.parametrize(("name", "flags", "kind"), half_slow(UPDATES))
 def test_one_update(name, flags, kind):
-    """The whole update: metrics, parameters after one optimiser step, running statistics, next step count."""
+    """The whole update: metrics, parameters after the optimiser's steps, running statistics, next step count."""
     torch_module, torch_args, agent, jax_module, jax_args, jax_agent, variables = build(name, kind, **flags)
     batch = random_batch(name, torch_module, kind, np.random.default_rng(1))
+    if name != "reinforce":  # so far out that normalised they are clipped
+        batch.obs[2, 1] *= 50 if torch_args.norm_obs else 1
+        batch.reward[3, 2] = 50 if torch_args.norm_reward else 1
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
-    extra = {} if name == "reinforce" else {"obs": np.zeros((N, D)), "running_return": torch.zeros(N)}
+    running = np.linspace(-2, 3, N, dtype=np.float32)
+    extra = {} if name == "reinforce" else {"obs": np.zeros((N, D)), "running_return": torch.tensor(running)}
     state = torch_module.State(agent, agent.act, torch_module.backward, optimizer, torch.device("cpu"), [], **extra)
-    _, torch_metrics = torch_module.update(state, batch, torch_args)
+    state, torch_metrics = torch_module.update(state, batch, torch_args)
 
     opt_state = jax_module.make_optimizer(jax_args).init(variables["params"])
     zero, key = jnp.zeros((), jnp.int32), jax.random.PRNGKey(0)
-    extra = {} if name == "reinforce" else {"env": None, "obs": None, "running_return": jnp.zeros(N)}
+    extra = {} if name == "reinforce" else {"env": None, "obs": None, "running_return": jnp.asarray(running)}
     jax_state = jax_module.State(variables, opt_state, key, step=zero, iteration=zero, **extra)
     jax_batch = jax_module.Batch(*map(jnp.asarray, batch))
     jax_update = jax.jit(partial(jax_module.update, agent=jax_agent, args=jax_args))
@@ -141,6 +153,7 @@ def test_one_update(name, flags, kind):
         for stats in ("obs_stats", "return_stats"):
             for buffer, x in jax_state.variables["stats"][stats].items():
                 np.testing.assert_allclose(getattr(getattr(agent, stats), buffer), x, **CLOSE, err_msg=buffer)
+        np.testing.assert_allclose(state.running_return, jax_state.running_return, **CLOSE)
     assert int(jax_state.step) == T * N
 
 
@@ -149,6 +162,57 @@ def test_one_update_in_parts(name, kind, monkeypatch):
     """4,800 rows, which JAX takes in ten parts and PyTorch all at once."""
     monkeypatch.setattr(sys.modules[__name__], "N", 300)
     test_one_update(name, {"norm_adv": True, "norm_reward": True, "ent_coef": 0.01, "norm_obs": True}, kind)
+
+
+@pytest.mark.parametrize("end", [3, 2, 1])
+def test_epochs_and_minibatches(end, monkeypatch):
+    """Three epochs of four minibatches from the same shuffles; or, by a target KL, two: it is above the first epoch's
+    mean, though below its last minibatch's; or one."""
+    torch_module, jax_module = modules("ppo")
+    orders, kls = [np.random.default_rng(i).permutation(T * N) for i in range(3)], []
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.as_tensor(next(given)))
+    monkeypatch.setattr(jax_module, "shuffles", lambda *_: jnp.asarray(np.stack(orders)))
+    flags = {"update_epochs": 3, "num_minibatches": 4, "learning_rate": 1e-3}
+    if end < 3:
+        given, approx_kl = iter(orders), torch_module.approx_kl
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_module, "approx_kl", lambda *x: kls.append(approx_kl(*x)) or kls[-1])
+            test_one_update("ppo", flags, "discrete")
+        first, second = torch.stack(kls).view(3, 4)[:2].mean(1).tolist()
+        last = kls[3].item()
+        assert 1.2 * first < last < 0.8 * second
+        flags["target_kl"] = (first + last) / 2 if end == 2 else 0.9 * first
+    given = iter(orders)
+    test_one_update("ppo", flags, "discrete")
+    assert len(list(given)) == 3 - end
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_rollout_on_host(name):
+    """What PyTorch sees of an environment that takes no notice of actions, JAX sees."""
+    torch_module, jax_module = modules(name)
+    flags = {"env_id": "tests.toy_envs:Ledger-v0", "num_envs": 4} | ({} if name == "reinforce" else {"num_steps": 25})
+    args, jax_args = torch_module.Args(**flags), jax_module.Args(**flags)
+    with closing(torch_module.make_envs(args)) as envs:
+        agent, extra = torch_module.Agent(envs, args), {}
+        if name != "reinforce":
+            extra = {"obs": envs.reset(seed=torch_module.env_seeds(1, 0, 4))[0], "running_return": None}
+        state = torch_module.State(agent, agent.act, None, None, torch.device("cpu"), [], **extra)
+        state, batch = torch_module.rollout(state, envs, args)
+    with closing(jax_module.make_envs(jax_args)) as envs:
+        agent = jax_module.make_agent(envs, jax_args)
+        jax_state = jax_module.init_state(1, agent, *([] if name == "reinforce" else [envs]), jax_args)
+        if name != "reinforce":
+            jax_state = jax_state._replace(obs=envs.reset(seed=jax_module.env_seeds(1, 0, 4))[0])
+        act = partial(agent.apply, method="act")
+        jax_state, jax_batch = jax_module.rollout_on_host(jax_state, act, envs, jax_args)
+    assert batch._fields == jax_batch._fields and batch.done.any()
+    for field in set(batch._fields) - {"action"}:  # of REINFORCE's rows those after the last end are zeros in JAX
+        np.testing.assert_array_equal(getattr(batch, field), getattr(jax_batch, field)[: len(batch.obs)], err_msg=field)
+    if name == "reinforce":
+        assert not jax_batch.mask[len(batch.obs) :].any()
+    else:
+        np.testing.assert_array_equal(state.obs, jax_state.obs)
 
 
 def minibatch(module, kind, rng):

@@ -453,7 +453,6 @@ def test_target_return_out_of_reach(script, finished):
 
 @each_script
 def test_capture_video(script, monkeypatch):
-    pytest.importorskip("moviepy")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     result = run(script, capture_video=True, total_timesteps=128, eval_episodes=2)
     assert same(result.agent, run(script, total_timesteps=128).agent)

@@ -2,8 +2,8 @@
 # The fast tests at the lowest and highest versions that pyproject.toml allows, on Python 3.11 to 3.13. Needs uv.
 #
 # PyTorch comes from TORCH_INDEX, by default its CPU index, whose builds bring no CUDA packages; or, where TORCH_LINKS
-# names a folder of wheels, from there, and then only for the Python they are made for: elsewhere the tests of the JAX
-# scripts run alone, in an environment without PyTorch.
+# names a folder of wheels, from there, and then only for the Python they are made for: elsewhere the JAX scripts alone
+# train and resume, in an environment without PyTorch.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
@@ -35,7 +35,7 @@ for name in ("reinforce_jax", "vpg_advantage_jax", "ppo_jax"):
         args = module.Args(total_timesteps=1024, num_envs=4, env_backend=backend, **flags)
         result = module.train(args)
         module.train(module.Args(**vars(args) | {"resume": str(result.run_dir), "eval_only": True}))'
-            (cd "$(mktemp -d)" && PYTHONPATH="$OLDPWD" "$venv/bin/python" -c "$tests" > /dev/null 2>&1)
+            (cd "$(mktemp -d)" && PYTHONPATH="$OLDPWD" "$venv/bin/python" -c "$tests" > /dev/null)
         else
             uv pip install -q --python "$venv/bin/python" --resolution "$resolution" "${torch[@]}" -e '.[test]' &&
                 "$venv/bin/python" -m pytest -q
