@@ -937,8 +937,8 @@ def log(writer: Any, scalars: list[tuple[str, float]], step: int) -> None:
 def solved(recent_returns: list[deque], args: Args) -> bool:
     """Whether a full window of each agent's returns has the mean --target-return."""
     full = all(len(returns) == args.return_window for returns in recent_returns)
-    lowest = min(sum(returns) / args.return_window for returns in recent_returns)
-    return args.target_return is not None and full and lowest >= args.target_return
+    means = (sum(returns) / args.return_window for returns in recent_returns)
+    return args.target_return is not None and full and min(means) >= args.target_return
 
 
 def learn(
