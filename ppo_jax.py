@@ -858,7 +858,8 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     env, obs = None, jnp.zeros((args.num_envs, agent.obs_size))
     if isinstance(envs, GymnaxEnvs):
         env, obs = envs.reset(env_key)
-    variables = agent.init(params_key, obs)
+    # one agent at a time: in a batch of QR decompositions, for orthogonal weights, XLA's threads can wait for ever
+    variables = jax.custom_batching.sequential_vmap(agent.init)(params_key, obs)
     opt_state = make_optimizer(args).init(variables["params"])
     zero = jnp.zeros((), jnp.int32)
     state = State(variables, opt_state, key, env, obs, jnp.zeros(args.num_envs), zero, zero)
@@ -1022,12 +1023,11 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA's threads wait for each other: small products, shared out, take twice as long, and where devices share too few
-    # threads (128 agents: two, or three for two devices) they wait for ever. So it is one, or three per device.
+    # XLA scatters the work of all devices over all threads: more than one per device only help where it is large
     rows = args.num_seeds * min(args.num_envs, 128)  # more are updated `in_parts`
-    small = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 <= 2**19
+    large = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 > 2**19
     given = os.environ.get("NPROC")
-    os.environ["NPROC"] = given or str(1 if small else max(3 * parts, cores))
+    os.environ["NPROC"] = given or str(cores if large else parts)
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)
