@@ -290,6 +290,19 @@ def test_interrupted_while_the_next_iteration_runs(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_are_initialised_one_agent_at_a_time(script):
+    """The program of many agents decomposes no batch of matrices by QR: there XLA's threads may wait for ever."""
+    module = importlib.import_module(script)
+    args = small_args(module, num_seeds=3)
+    envs = module.make_envs(args)
+    agent = module.make_agent(envs, args)
+    rest = (agent, args) if script == "reinforce_jax" else (agent, envs, args)
+    program = jax.make_jaxpr(jax.vmap(lambda seed: module.init_state(seed, *rest)))(np.arange(3))
+    shapes = re.findall(r":f32\[([\d,]+)\] = qr\[", str(program))
+    assert shapes and all(len(shape.split(",")) == 2 for shape in shapes), shapes
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_threads(script, monkeypatch):
     """One per device, or as many as there are cores where one device has large work; NPROC overrides. It is set while
     JAX starts, and no longer."""
