@@ -147,9 +147,20 @@ def sb3(library: str, algorithm: str, steps: int, num_envs: int, target: float |
 
 def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks:
     """PureJaxRL's ppo.py. One program from the first to the last step: run once to compile and once to measure. What it
-    asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax."""
+    asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax. Its weights are initialised
+    one agent at a time, as ours are, or it hangs where there are several."""
+    import flax.linen.initializers as initializers
     import gymnax.wrappers
     import jax
+
+    orthogonal = initializers.orthogonal
+
+    def one_at_a_time(scale):
+        return lambda key, *shape_and_dtype: jax.custom_batching.sequential_vmap(
+            lambda key: orthogonal(scale)(key, *shape_and_dtype)
+        )(key)
+
+    initializers.orthogonal = one_at_a_time
 
     class LogWrapper(gymnax.wrappers.LogWrapper):
         def step(self, *args):
@@ -173,9 +184,19 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
 # ===================================================== Measuring ======================================================
 
 
-def in_fresh_process(program: Callable, cores: int, **settings) -> tuple[Any, float, float]:
-    """What the program returns, its memory [MB, at the peak], and when its process was started."""
-    command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings])]
+def processor() -> str:
+    """What the operating system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return " ".join(re.sub(r"\((R|TM)\)|Processor|@", "", names[0] if names else platform.machine()).split())
+
+
+def in_fresh_process(program: Callable, cores: int, processes: int = 1, **settings) -> tuple[Any, float, float]:
+    """What the program returns, its memory [MB, at the peak], and when its process was started. Of several processes,
+    which torchrun starts, it is what one of them says."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    worker = [__file__, "--worker", json.dumps([program.__name__, cores, settings])]
+    command = [sys.executable, *launcher, *worker]
     env = os.environ | {"TQDM_DISABLE": ""} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
@@ -238,11 +259,11 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
             (ours, solve | {"script": "ppo_jax"}), (sb3, zoo), 2, "total"
         ),
     }
-    for env_id in ("LunarLander-v3", "HalfCheetah-v5"):
+    for env_id, steps in (("LunarLander-v3", 80_000), ("HalfCheetah-v5", 80_000), ("Humanoid-v5", 20_000)):
         sync = {"script": "ppo", "env_id": env_id, "num_envs": 16, "num_steps": 128, "num_minibatches": 16}
-        sync |= {"update_epochs": 1, "total_timesteps": 80_000, "eval_episodes": 0}
-        name = f"16 {env_id}: --async-envs / without"
-        found[name] = Pair((ours, sync | {"async_envs": True}), (ours, sync), 2)
+        sync |= {"update_epochs": 1, "total_timesteps": steps, "eval_episodes": 0}
+        found[f"16 {env_id}: --async-envs / without"] = Pair((ours, sync | {"async_envs": True}), (ours, sync), 2)
+        found[f"16 {env_id}: torchrun, 2 processes / 1"] = Pair((ours, sync | {"processes": 2}), (ours, sync), 2)
     if cleanrl_path:
         peer = (cleanrl, {"path": cleanrl_path, "steps": 100_000})
         found["ppo.py / CleanRL"] = Pair((ours, ppo), peer)
@@ -273,6 +294,7 @@ def compare(name: str, pair: Pair, repeats: int) -> dict:
         "ratio": f"{np.median(ratios):.3g}",
         "lowest": f"{ratios.min():.3g}",
         "highest": f"{ratios.max():.3g}",
+        "processor": processor(),
     }
 
 
@@ -311,17 +333,13 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: 
 
     from benchmarks.table import put_into
 
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    cpu = names[0] if names else platform.machine()
     libraries = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", "sbx-rl")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    lines = [
-        f"Measured by `speed.py` on {os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, {versions}.",
-        "",
+    lines = [f"Measured by `speed.py`, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}.", ""]
+    lines += [
+        "| comparison | cores | ours | other | ratio, median [lowest, highest] | pairs | start of both | processor |"
     ]
-    lines += ["| comparison | cores | ours | other | ratio, median [lowest, highest] | pairs | start of ours, other |"]
-    lines += ["|---" * 7 + "|"]
+    lines += ["|---" * 8 + "|"]
     for row in speeds:
         unit = "s" if row["quantity"] == "total" else "steps/s"
         a, b = (f"{float(row[who]):,.0f} {unit}" if unit != "s" else f"{row[who]} s" for who in ("ours", "peer"))
@@ -334,6 +352,7 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: 
             ratio,
             row["repeats"],
             f"{row['ours_start']} s, {row['peer_start']} s",
+            row["processor"],
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
     if readme is not None:
@@ -384,7 +403,7 @@ def main() -> None:
     for script in ("reinforce", "vpg_advantage", "ppo"):
         if not args.words or f"parts/{script}" in args.words:
             spent, *_ = in_fresh_process(parts, 1, script=script, total_timesteps=100_000, eval_episodes=0)
-            row = {"script": script} | {name: f"{x:.1f}" for name, x in spent.items()}
+            row = {"script": script} | {name: f"{x:.1f}" for name, x in spent.items()} | {"processor": processor()}
             shares = merge(results / "parts.csv", [row], ("script",))
     for script in ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax"):
         if not args.words or f"scaling/{script}" in args.words:
