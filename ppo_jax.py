@@ -975,9 +975,9 @@ def learn(
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
-            for s, t in np.argwhere(batch.done.any(-1)):
-                ended = batch.done[s, t] > 0
-                returns, lengths = (x[s, t, ended].tolist() for x in (batch.episode_return, batch.episode_length))
+            done = batch.done > 0
+            for s, t in np.argwhere(done.any(-1)):
+                returns, lengths = (x[s, t, done[s, t]].tolist() for x in (batch.episode_return, batch.episode_length))
                 recent_returns[s].extend(returns)
                 episodes[s].extend((x, int(batch.step[s, t])) for x in returns)
                 if args.num_seeds == 1:
