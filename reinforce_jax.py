@@ -784,19 +784,23 @@ def learn(
             step, iteration = int(batch.step[:, -1].min()), int(iteration.max())
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
             for name in ("obs", "reward"):
-                for s, t, n, *_ in np.argwhere(~np.isfinite(getattr(batch, name)))[:1]:
+                finite = np.isfinite(getattr(batch, name))
+                if not finite.all():
+                    s, t, n, *_ = np.argwhere(~finite)[0]
                     bad.insert(0, f"{name} of environment {n} by step {batch.step[s, t]}")
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
-            done = batch.done > 0
-            for s, t in np.argwhere(done.any(-1)):
-                returns, lengths = (x[s, t, done[s, t]].tolist() for x in (batch.episode_return, batch.episode_length))
-                recent_returns[s].extend(returns)
-                episodes[s].extend((x, int(batch.step[s, t])) for x in returns)
-                if args.num_seeds == 1:
-                    scalars = [("charts/episodic_return", x) for x in returns]
-                    log(writer, scalars + [("charts/episodic_length", x) for x in lengths], batch.step[s, t])
+            ended = np.nonzero(batch.done)
+            returns, steps = batch.episode_return[ended].tolist(), batch.step[ended[:2]].tolist()
+            for s, episode_return, at in zip(ended[0], returns, steps, strict=True):
+                recent_returns[s].append(episode_return)
+                episodes[s].append((episode_return, at))
+            for t in np.unique(ended[1]) if args.num_seeds == 1 else ():
+                done = batch.done[0, t] > 0
+                scalars = [("charts/episodic_return", x) for x in batch.episode_return[0, t, done]]
+                scalars += [("charts/episodic_length", x) for x in batch.episode_length[0, t, done]]
+                log(writer, scalars, batch.step[0, t])
             scalars = [(f"losses/{name}", value.mean()) for name, value in metrics.items()]
             sps = args.num_seeds * (step - first_step) / (time.perf_counter() - start)
             scalars += [("charts/learning_rate", lr), ("charts/SPS", sps)]
@@ -844,6 +848,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)
+    if args.cuda and not jax.config.jax_default_matmul_precision:
+        jax.config.update("jax_default_matmul_precision", "float32")  # or a GPU takes TF32, which is off by 1e-3
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
