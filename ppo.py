@@ -549,7 +549,8 @@ def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
     loss, metrics = loss_fn(agent, mb, args)
     loss.backward()
     average_gradients(params)
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+    fused = not args.compile  # or PyTorch 2.11 cannot compile it for a GPU
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
     return {name: x.detach() for name, x in metrics.items()}
 
 
@@ -790,6 +791,10 @@ def pick_device(args: Args) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more gain nothing on networks this small, and lose a hundredfold on a busy machine
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda and found else torch.device("cpu")
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--cuda: {torch.cuda.device_count()} GPUs, but process {device.index} needs its own")
+        torch.cuda.set_device(device)  # objects that NCCL gathers go through the current one
     if processes()[1] > 1 and not dist.is_initialized():
         dist.init_process_group(device_id=device if device.type == "cuda" else None)  # NCCL on GPUs, Gloo on CPUs
     return device

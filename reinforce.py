@@ -414,7 +414,8 @@ def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, T
     params = list(agent.parameters())
     loss, metrics = loss_fn(agent, batch, ret, args)
     loss.backward()
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+    fused = not args.compile  # or PyTorch 2.11 cannot compile it for a GPU
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
     return {name: x.detach() for name, x in metrics.items()}
 
 

@@ -1,9 +1,13 @@
 """What needs a GPU: pytest -m gpu."""
 
 import importlib
+from contextlib import closing
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
+import torch
 
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 TORCH = SCRIPTS[:3]
@@ -30,8 +34,7 @@ def devices(script, result):
     """Where the weights are."""
     if script in TORCH:
         return {p.device.type for p in result.agent.parameters()}
-    leaves = importlib.import_module("jax").tree.leaves(result.agent)
-    return {device.platform for leaf in leaves for device in leaf.devices()}
+    return {device.platform for leaf in jax.tree.leaves(result.agent) for device in leaf.devices()}
 
 
 @each_space
@@ -60,3 +63,26 @@ def test_compiled_is_eager(script, env_id, train):
     assert devices(script, compiled) == {"cuda"}
     for ours, theirs in zip(compiled.agent.parameters(), eager.agent.parameters(), strict=True):
         np.testing.assert_allclose(ours.grad.cpu(), theirs.grad.cpu(), rtol=1e-3, atol=1e-5)
+
+
+@each_space
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_gpu_computes_what_the_cpu_does(script, env_id, train):
+    """In full float32: TF32, with a mantissa of 10 bits, would be off by 1e-3, and so would the ratios of PPO."""
+    module, weights = importlib.import_module(script), train(script, env_id=env_id).agent
+    args = module.Args(env_id=env_id)
+    rng = np.random.default_rng(0)
+    with closing(module.make_envs(args)) as envs:
+        obs = rng.normal(size=(1024, envs.single_observation_space.shape[0])).astype(np.float32)
+        discrete = env_id == "CartPole-v1"
+        action = rng.integers(2, size=1024) if discrete else rng.normal(size=(1024, 1)).astype(np.float32)
+        if script in TORCH:
+            outcomes = []
+            for device in ("cuda", "cpu"):
+                inputs = torch.from_numpy(obs).to(device), torch.from_numpy(action).to(device)
+                outcomes.append([x.detach().cpu() for x in weights.to(device).log_prob(*inputs)])
+        else:
+            log_prob = jax.jit(partial(module.make_agent(envs, args).apply, method="log_prob"))
+            outcomes = [log_prob(*jax.device_put((weights, obs, action), jax.devices(x)[0])) for x in ("gpu", "cpu")]
+    for ours, theirs in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
