@@ -579,7 +579,8 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
-        SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None) as writer,
+        # with the default queue, 10 events, training would wait for the disk
+        SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None, max_queue=1000) as writer,
         tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
     ):
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)

@@ -8,7 +8,7 @@
 #     "numpy>=1.26,<3",
 #     "optax>=0.2.6,<0.3",
 #     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
+#     "tensorboard>=2.18,<3",
 #     "tqdm>=4.66,<5",
 #     "tyro>=0.9,<2",
 # ]
@@ -83,6 +83,11 @@ from flax import linen as nn
 from flax import serialization
 from jax import Array
 from jax.experimental.multihost_utils import process_allgather
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.metadata import create_summary_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 from tqdm import tqdm
 
 # ===================================================== Arguments ======================================================
@@ -901,12 +906,20 @@ def make_train_step(
     return train_step_on_host
 
 
-def log(writer: Any, scalars: list[tuple[str, float]], step: int) -> None:
-    """Write tags and values as one event: by `add_scalar`, one event each, logging would cost as much as learning."""
-    from tensorboardX.proto.summary_pb2 import Summary
+def open_log(args: Args, run_dir: Path, step: int) -> EventFileWriter:
+    """A log for TensorBoard. Of a run that is resumed at `step`, what was logged later is void."""
+    writer = EventFileWriter(str(run_dir), max_queue_size=1000)  # by default 10: training would wait for the disk
+    if step:
+        writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+    text = {"metadata": create_summary_metadata("arguments", ""), "tensor": make_tensor_proto(json.dumps(asdict(args)))}
+    writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag="arguments", **text)])))
+    return writer
 
+
+def log(writer: EventFileWriter, scalars: list[tuple[str, float]], step: int) -> None:
+    """Write tags and values as one event: one event each would cost as much as learning."""
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
-    writer.file_writer.add_summary(Summary(value=values), int(step))
+    writer.add_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=values)))
 
 
 def solved(recent_returns: list[deque], args: Args) -> bool:
@@ -920,8 +933,6 @@ def learn(
     state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
 ) -> tuple[State, list[list[tuple[float, int]]]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    from tensorboardX import SummaryWriter  # here, for it imports torch where that is installed
-
     episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
     step, iteration = (int(fetch(x).min()) for x in (state.step, state.iteration))
     first_step, ahead = step, None
@@ -929,10 +940,9 @@ def learn(
     start = time.perf_counter()
     with (
         StopSignal() as stop,
-        SummaryWriter(str(run_dir), purge_step=step + 1 if step else None) as writer,
+        closing(open_log(args, run_dir, step)) as writer,
         tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
-        writer.add_text("arguments", json.dumps(asdict(args)), step)
         while step < args.last_step and not solved(recent_returns, args) and (ahead or not stopped):
             lr = learning_rate(step, args)
             state, *outcome = ahead or train_step(state)
