@@ -86,7 +86,7 @@ class Args:
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
     compile: bool = False  # torch.compile loss and gradient, on a GPU the policy too: slow to start, then faster
-    async_envs: bool = False  # a process per environment, faster where one step takes milliseconds
+    async_envs: bool = False  # a process per environment, for slow environments and about as many cores
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
     resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now

@@ -3,19 +3,23 @@
     pip install -e '.[bench]'
     python benchmarks/speed.py --cleanrl PATH --purejaxrl PATH      # everything, about an hour on two cores
     python benchmarks/speed.py CleanRL scaling/ppo --cleanrl PATH   # what has one of these words in its name
+    python benchmarks/speed.py --cuda --leanrl PATH                 # on a GPU
 
 Every measurement is a process of its own, pinned to one core unless the row says two; of a pair the programs take
 turns, A B A B. Steps per second are those after the first third of a run, so neither start nor compilation counts;
-"start" is the time from the start of the process to the end of its first update. CleanRL and PureJaxRL are read from
-checkouts that are named on the command line; without them their rows stay as they were.
+"start" is the time from the start of the process to the end of its first update. With --cuda, where compilation takes
+minutes, each program is one process that lives for all its turns, of some seconds each, and waits in between. CleanRL,
+LeanRL and PureJaxRL are read from checkouts that are named on the command line; without them their rows stay as they
+were.
 
-Writes results/speed.csv, results/parts.csv, results/scaling.csv, SPEED.md and speed.png beside this file, and with
---readme README.md the table of comparisons between its marks there.
+Writes results/speed.csv, results/parts.csv, results/scaling.csv, results/defaults.csv, SPEED.md and speed.png beside
+this file, and with --readme README.md the tables of comparisons and of default flags between their marks there.
 """
 
 import builtins
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -29,7 +33,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +49,9 @@ sys.path.insert(0, str(HERE.parent))
 # CleanRL's hyper-parameters, the defaults of its ppo.py, as our flags, stable-baselines3's and PureJaxRL's
 CLEANRL = {"num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 2.5e-4}
 CLEANRL |= {"gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.01, "clip_vloss": True, "eval_episodes": 0}
+CLEANRL_CONTINUOUS = {"env_id": "HalfCheetah-v5", "num_envs": 1, "num_steps": 2048, "num_minibatches": 32}
+CLEANRL_CONTINUOUS |= {"update_epochs": 10, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95}
+CLEANRL_CONTINUOUS |= {"clip_vloss": True, "norm_obs": True, "norm_reward": True, "eval_episodes": 0}
 CLEANRL_IN_SB3 = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
 PUREJAXRL = {
     "NUM_STEPS": 128,
@@ -61,7 +68,20 @@ PUREJAXRL |= {"ENV_NAME": "CartPole-v1", "ANNEAL_LR": True, "DEBUG": False}
 ZOO = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "ent_coef": 0.0}
 ZOO |= {"learning_rate": "linear 0.001", "clip_range": "linear 0.2"}
 
-Marks = list[tuple[float, int]]  # (time, environment steps done)
+
+class Marks(list):
+    """(time, environment steps done) at the end of each update. Where programs take turns they wait for them here."""
+
+    turn_ends = math.inf
+
+    def append(self, mark):
+        super().append(mark)
+        if mark[0] >= Marks.turn_ends:
+            sys.__stdout__.write(f"\nMARK {mark[1]}\n")
+            sys.__stdout__.flush()
+            seconds = float(sys.stdin.readline())
+            Marks.turn_ends = time.time() + seconds
+
 
 # ====================================================== Programs ======================================================
 # Each trains in this process and returns its marks, the first one at the end of the first update.
@@ -69,7 +89,7 @@ Marks = list[tuple[float, int]]  # (time, environment steps done)
 
 def ours(script: str, **flags) -> Marks:
     """One of the six scripts, as its users run it: with progress bar and log."""
-    module, marks = __import__(script), []
+    module, marks = __import__(script), Marks()
 
     class Recorder(tqdm):
         def update(self, n=1):
@@ -103,20 +123,52 @@ def parts(script: str, **flags) -> dict[str, float]:
     return {name: x / flags["total_timesteps"] * 1e6 for name, x in seconds.items()}
 
 
-def cleanrl(path: str, steps: int) -> Marks:
-    """CleanRL's ppo.py, which prints a line at the end of each update."""
-    marks, show = [], builtins.print
+def run_script(path: str, *flags: str) -> None:
+    """A script written for Gymnasium before 1.0, where TransformObservation did not ask for a space."""
+    import gymnasium as gym
+
+    transform = gym.wrappers.TransformObservation
+    gym.wrappers.TransformObservation = lambda env, function: transform(env, function, env.observation_space)
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+
+
+def cleanrl(
+    path: str, steps: int, script: str = "ppo.py", batch_size: int = 512, flags: tuple = ("--no-cuda",)
+) -> Marks:
+    """CleanRL, which prints a line at the end of each update."""
+    marks, show = Marks(), builtins.print
 
     def record(*args, **kwargs):
         if args[0] == "SPS:":
-            marks.append((time.time(), 512 * (len(marks) + 1)))
+            marks.append((time.time(), batch_size * (len(marks) + 1)))
         else:
             show(*args, **kwargs, file=sys.stderr)
 
     builtins.print = record
-    sys.argv = ["ppo.py", "--total-timesteps", str(steps), "--no-cuda"]
-    runpy.run_path(str(Path(path, "cleanrl/ppo.py")), run_name="__main__")
+    run_script(f"{path}/cleanrl/{script}", "--total-timesteps", str(steps), *flags)
     builtins.print = show
+    return marks
+
+
+def leanrl(path: str, steps: int, batch_size: int, flags: tuple) -> Marks:
+    """LeanRL's PPO, compiled and in CUDA graphs, whose progress bar counts updates. Without Weights & Biases."""
+    import torch
+
+    marks = Marks()
+
+    class Recorder(tqdm):
+        def __iter__(self):
+            for iteration in super().__iter__():
+                yield iteration
+                if iteration > 3:  # it warms up until then
+                    torch.cuda.synchronize()
+                    marks.append((time.time(), batch_size * iteration))
+
+    sys.modules["tqdm"].tqdm = Recorder
+    sys.modules["wandb"] = types.SimpleNamespace(init=lambda **_: None, log=lambda *_, **__: None)
+    script = f"{path}/leanrl/ppo_continuous_action_torchcompile.py"
+    run_script(script, "--total-timesteps", str(steps), "--compile", "--cudagraphs", *flags)
     return marks
 
 
@@ -126,7 +178,7 @@ def sb3(library: str, algorithm: str, steps: int, num_envs: int, target: float |
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.utils import LinearSchedule
 
-    marks = []
+    marks = Marks()
 
     class Recorder(BaseCallback):
         def _on_rollout_start(self):
@@ -145,10 +197,10 @@ def sb3(library: str, algorithm: str, steps: int, num_envs: int, target: float |
     return [*marks[1:], (time.time(), marks[-1][1])] if target else marks[1:]
 
 
-def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks:
-    """PureJaxRL's ppo.py. One program from the first to the last step: run once to compile and once to measure. What it
-    asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax. Its weights are initialised
-    one agent at a time, as ours are, or it hangs where there are several."""
+def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1, times: int = 1) -> Marks:
+    """PureJaxRL's ppo.py. One program from the first to the last step, compiled first. What it
+    asks of its wrappers is served by gymnax's own, for its copies stop at an older gymnax. On a CPU its weights are
+    initialised one agent at a time, as ours are, or it hangs where there are several."""
     import flax.linen.initializers as initializers
     import gymnax.wrappers
     import jax
@@ -156,11 +208,13 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
     orthogonal = initializers.orthogonal
 
     def one_at_a_time(scale):
-        return lambda key, *shape_and_dtype: jax.custom_batching.sequential_vmap(
-            lambda key: orthogonal(scale)(key, *shape_and_dtype)
-        )(key)
+        def initialize(key, *shape_and_dtype):
+            return jax.custom_batching.sequential_vmap(lambda key: orthogonal(scale)(key, *shape_and_dtype))(key)
 
-    initializers.orthogonal = one_at_a_time
+        return initialize
+
+    if jax.default_backend() == "cpu":
+        initializers.orthogonal = one_at_a_time
 
     class LogWrapper(gymnax.wrappers.LogWrapper):
         def step(self, *args):
@@ -175,17 +229,22 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> Marks
     train = module["make_train"](PUREJAXRL | {"NUM_ENVS": num_envs, "TOTAL_TIMESTEPS": steps})
     keys = jax.random.split(jax.random.PRNGKey(30), num_seeds)
     train, keys = (jax.jit(jax.vmap(train)), keys) if num_seeds > 1 else (jax.jit(train), keys[0])
-    program = train.lower(keys).compile()
-    marks = [(time.time(), 0)]
-    jax.block_until_ready(program(keys))
-    return [*marks, (time.time(), steps * num_seeds)]
+    program, marks = train.lower(keys).compile(), Marks()
+    marks.append((time.time(), 0))
+    for done in range(times):
+        jax.block_until_ready(program(keys))
+        marks.append((time.time(), (done + 1) * steps * num_seeds))
+    return marks
 
 
 # ===================================================== Measuring ======================================================
 
 
-def processor() -> str:
-    """What the operating system calls it."""
+def processor(cuda: bool = False) -> str:
+    """What the operating system, or the driver of the GPU, calls it."""
+    if cuda:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return " ".join(re.sub(r"\((R|TM)\)|Processor|@", "", names[0] if names else platform.machine()).split())
@@ -217,6 +276,38 @@ def measure(program: Callable, cores: int, **settings) -> dict[str, float]:
     return {"start": times[0] - start, "total": times[-1] - start, "speed": speed, "memory": memory}
 
 
+def start_worker(program: Callable, cores: int, settings: dict, folder: str) -> subprocess.Popen:
+    """A process that trains up to its first mark and then waits for its turn."""
+    command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings]), "--in-turns"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = os.environ | {"TQDM_DISABLE": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # two share the GPU's memory
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+def next_mark(process: subprocess.Popen) -> int:
+    """Steps that the process has done when it waits for its next turn."""
+    for line in process.stdout:
+        if line.startswith("MARK"):
+            return int(line.split()[1])
+    raise RuntimeError(f"{process.args} ended with status {process.wait()}")
+
+
+def in_turns(workers: dict[str, subprocess.Popen], repeats: int, seconds: float = 2) -> dict[str, list[dict]]:
+    """What `measure` returns for each turn of each worker, after one turn to warm up."""
+    steps, results = {who: next_mark(process) for who, process in workers.items()}, {who: [] for who in workers}
+    for _ in range(repeats + 1):
+        for who, process in workers.items():
+            first, start = steps[who], time.time()
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+            steps[who] = next_mark(process)
+            results[who].append({"speed": (steps[who] - first) / (time.time() - start), "start": math.nan})
+    for process in workers.values():
+        process.kill()
+        process.wait()
+    return {who: turns[1:] for who, turns in results.items()}
+
+
 def worker(name: str, cores: int, settings: dict) -> None:
     """In that process."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -233,6 +324,7 @@ class Pair:
     peer: tuple[Callable, dict]
     cores: int = 1
     quantity: str = "speed"
+    cuda: bool = False
 
 
 def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pair]:
@@ -262,7 +354,9 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
     for env_id, steps in (("LunarLander-v3", 80_000), ("HalfCheetah-v5", 80_000), ("Humanoid-v5", 20_000)):
         sync = {"script": "ppo", "env_id": env_id, "num_envs": 16, "num_steps": 128, "num_minibatches": 16}
         sync |= {"update_epochs": 1, "total_timesteps": steps, "eval_episodes": 0}
-        found[f"16 {env_id}: --async-envs / without"] = Pair((ours, sync | {"async_envs": True}), (ours, sync), 2)
+        for cores in (2, 16) if (os.cpu_count() or 1) >= 16 else (2,):
+            name = f"16 {env_id}: --async-envs / without" + f", {cores} cores" * (cores > 2)
+            found[name] = Pair((ours, sync | {"async_envs": True}), (ours, sync), cores)
         found[f"16 {env_id}: torchrun, 2 processes / 1"] = Pair((ours, sync | {"processes": 2}), (ours, sync), 2)
     if cleanrl_path:
         peer = (cleanrl, {"path": cleanrl_path, "steps": 100_000})
@@ -277,16 +371,50 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
     return found
 
 
+def pairs_on_gpu(cleanrl_path: str | None, leanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pair]:
+    """Every comparison that needs a GPU, by its name."""
+    found, flags = {}, ("--env-id", "HalfCheetah-v5")
+    cheetah = {"script": "ppo", "total_timesteps": 10**9, "cuda": True, **CLEANRL_CONTINUOUS}  # until it is killed
+    compiled = cheetah | {"compile": True}
+    peer = {"steps": 10**9, "batch_size": 2048, "flags": flags}
+    if cleanrl_path:
+        peer_flags = {"path": cleanrl_path, "script": "ppo_continuous_action.py", **peer}
+        found["HalfCheetah-v5: ppo.py --cuda / CleanRL"] = Pair((ours, cheetah), (cleanrl, peer_flags))
+    if leanrl_path:
+        peer_flags = {"path": leanrl_path, **peer}
+        found["HalfCheetah-v5: ppo.py --cuda --compile / LeanRL"] = Pair((ours, compiled), (leanrl, peer_flags))
+    on_cpu = {"cuda": False}
+    found["HalfCheetah-v5: ppo.py --cuda --compile / ppo.py"] = Pair((ours, compiled), (ours, cheetah | on_cpu))
+    for num_envs, num_seeds, steps in ((4, 1, 102_400), (2048, 1, 26_214_400), (4, 2048, 51_200)):
+        size = {"num_envs": num_envs, "num_seeds": num_seeds}
+        flags = {"script": "ppo_jax", "total_timesteps": 10**9, "cuda": True, **CLEANRL, **size}
+        of_what = f"{num_envs} environments" + f", {num_seeds} seeds" * (num_seeds > 1)
+        if purejaxrl_path:
+            peer_flags = {"path": purejaxrl_path, "steps": steps, "times": 10_000, **size}
+            found[f"{of_what}: ppo_jax.py --cuda / PureJaxRL"] = Pair((ours, flags), (purejaxrl, peer_flags))
+        found[f"{of_what}: ppo_jax.py --cuda / without"] = Pair((ours, flags), (ours, flags | on_cpu))
+    return {name: replace(pair, cores=16, cuda=True) for name, pair in found.items()}
+
+
 def compare(name: str, pair: Pair, repeats: int) -> dict:
-    """A row of speed.csv. The repeats have seeds of their own, which matters to a time until something is learned."""
-    results = {"ours": [], "peer": []}
-    for i in tqdm(range(repeats), name, leave=False):
-        for who, (program, settings) in (("ours", pair.ours), ("peer", pair.peer)):
+    """Measure a pair. The repeats have seeds of their own, which matters to a time until something is learned."""
+    programs, results = {"ours": pair.ours, "peer": pair.peer}, {"ours": [], "peer": []}
+    if pair.cuda:
+        with tempfile.TemporaryDirectory() as folder:
+            workers = {who: start_worker(program, pair.cores, x, folder) for who, (program, x) in programs.items()}
+            results = in_turns(workers, repeats)
+    for i in tqdm(range(0 if pair.cuda else repeats), name, leave=False):
+        for who, (program, settings) in programs.items():
             seeded = {"seed": 100 + i} if pair.quantity == "total" else {}
             results[who].append(measure(program, pair.cores, **settings, **seeded))
+    return row_of(name, pair, results)
+
+
+def row_of(name: str, pair: Pair, results: dict[str, list[dict]]) -> dict:
+    """A row of speed.csv."""
     values = {who: np.array([result[pair.quantity] for result in of_who]) for who, of_who in results.items()}
     ratios = values["ours"] / values["peer"]
-    row = {"comparison": name, "quantity": pair.quantity, "cores": pair.cores, "repeats": repeats}
+    row = {"comparison": name, "quantity": pair.quantity, "cores": pair.cores, "repeats": len(ratios)}
     for who, of_who in results.items():
         row[who] = f"{np.median(values[who]):.4g}"
         row[f"{who}_start"] = f"{np.median([result['start'] for result in of_who]):.3g}"
@@ -294,7 +422,7 @@ def compare(name: str, pair: Pair, repeats: int) -> dict:
         "ratio": f"{np.median(ratios):.3g}",
         "lowest": f"{ratios.min():.3g}",
         "highest": f"{ratios.max():.3g}",
-        "processor": processor(),
+        "processor": processor(pair.cuda),
     }
 
 
@@ -313,6 +441,15 @@ def scale(script: str, num_envs: int) -> dict:
     }
 
 
+def by_default(script: str, backend: str | None, repeats: int = 3) -> dict:
+    """A row of defaults.csv: no flag given but perhaps --env-backend."""
+    flags = {"env_backend": backend} if backend else {}
+    results = [measure(ours, 2, script=script, eval_episodes=0, **flags) for _ in range(repeats)]
+    row = {"command": f"{script}.py" + f" --env-backend {backend}" * (backend is not None)}
+    row |= {name: f"{np.median([result[name] for result in results]):.3g}" for name in ("start", "speed")}
+    return row | {"runs": repeats, "processor": processor()}
+
+
 # ======================================================= Report =======================================================
 
 
@@ -327,8 +464,10 @@ def merge(path: Path, rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     return list(table.values())
 
 
-def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: Path | None) -> None:
-    """SPEED.md, speed.png and the README's table."""
+def report(
+    speeds: list[dict], shares: list[dict], scaling: list[dict], starts: list[dict], readme: Path | None
+) -> None:
+    """SPEED.md, speed.png and the README's tables."""
     import matplotlib.pyplot as plt  # here, for what is imported above counts as a worker's time to start
 
     from benchmarks.table import put_into
@@ -351,12 +490,17 @@ def report(speeds: list[dict], shares: list[dict], scaling: list[dict], readme: 
             b,
             ratio,
             row["repeats"],
-            f"{row['ours_start']} s, {row['peer_start']} s",
+            f"{row['ours_start']} s, {row['peer_start']} s" if row["ours_start"] != "nan" else "",
             row["processor"],
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    table = ["| | start to first update | steps per second after it | runs | processor |", "|---" * 5 + "|"]
+    for row in starts:
+        command, start, speed, *rest = row.values()
+        table += [f"| `{command}` | {start} s | {float(speed):,.0f} | " + " | ".join(rest) + " |"]
     if readme is not None:
         put_into(readme, "speed.py", "\n".join([*lines, ""]))
+        put_into(readme, "speed.py defaults/", "\n".join([*table, ""]))
     if shares:
         lines += ["", "Where the time goes, in microseconds per environment step: default flags, one core.", ""]
         lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
@@ -383,10 +527,12 @@ class Args:
 
     words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # only what has one of these words in its name
     cleanrl: str | None = None  # checkout of vwxyzjn/cleanrl
+    leanrl: str | None = None  # checkout of pytorch-labs/LeanRL
     purejaxrl: str | None = None  # checkout of luchris429/purejaxrl
+    cuda: bool = False  # only the comparisons that need a GPU
     repeats: int = 5  # pairs; of the times to solve twice as many
     scaling: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)  # numbers of environments
-    readme: Path | None = None  # where to put the table of comparisons
+    readme: Path | None = None  # where to put the tables of comparisons and of default flags
 
 
 def main() -> None:
@@ -395,25 +541,34 @@ def main() -> None:
     speeds = merge(results / "speed.csv", [], ("comparison",))
     shares = merge(results / "parts.csv", [], ("script",))
     scaling = merge(results / "scaling.csv", [], ("script", "num_envs"))
-    for name, pair in pairs(args.cleanrl, args.purejaxrl).items():
+    starts = merge(results / "defaults.csv", [], ("command",))
+    found = pairs(args.cleanrl, args.purejaxrl)
+    if args.cuda:
+        found = pairs_on_gpu(args.cleanrl, args.leanrl, args.purejaxrl)
+    for name, pair in found.items():
         if not args.words or any(word in name for word in args.words):
             row = compare(name, pair, args.repeats * (2 if pair.quantity == "total" else 1))
             print(row, flush=True)
             speeds = merge(results / "speed.csv", [row], ("comparison",))
     for script in ("reinforce", "vpg_advantage", "ppo"):
-        if not args.words or f"parts/{script}" in args.words:
+        if f"parts/{script}" in args.words or not (args.words or args.cuda):
             spent, *_ = in_fresh_process(parts, 1, script=script, total_timesteps=100_000, eval_episodes=0)
             row = {"script": script} | {name: f"{x:.1f}" for name, x in spent.items()} | {"processor": processor()}
             shares = merge(results / "parts.csv", [row], ("script",))
     for script in ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax"):
-        if not args.words or f"scaling/{script}" in args.words:
+        if f"scaling/{script}" in args.words or not (args.words or args.cuda):
             rows = [scale(script, num_envs) for num_envs in tqdm(args.scaling, script)]
             scaling = merge(results / "scaling.csv", rows, ("script", "num_envs"))
-    report(speeds, shares, scaling, args.readme)
+    for script in ("ppo", "ppo_jax", "vpg_advantage", "vpg_advantage_jax", "reinforce", "reinforce_jax"):
+        if f"defaults/{script}" in args.words or not (args.words or args.cuda):
+            rows = [by_default(script, x) for x in (("gymnasium", None) if script.endswith("_jax") else (None,))]
+            starts = merge(results / "defaults.csv", rows, ("command",))
+    report(speeds, shares, scaling, starts, args.readme)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
+        Marks.turn_ends = 0 if "--in-turns" in sys.argv else math.inf
         worker(*json.loads(sys.argv[2]))
     else:
         main()
