@@ -937,8 +937,9 @@ def open_log(args: Args, run_dir: Path, step: int) -> EventFileWriter:
     writer = EventFileWriter(str(run_dir), max_queue_size=1000)  # by default 10: training would wait for the disk
     if step:
         writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-    text = {"metadata": create_summary_metadata("arguments", ""), "tensor": make_tensor_proto(json.dumps(asdict(args)))}
-    writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag="arguments", **text)])))
+    text = {"metadata": create_summary_metadata("", ""), "tensor": make_tensor_proto(json.dumps(asdict(args)))}
+    values = [Summary.Value(tag="arguments/text_summary", **text)]  # as SummaryWriter.add_text names it
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
     return writer
 
 
