@@ -191,6 +191,7 @@ def test_interruption(number):
     assert [len(list(Path("runs").glob(f"*__{seed}__*"))) for seed in (100, 101)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other():
     Path("table.toml").write_text("""
 [bad]

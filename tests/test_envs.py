@@ -164,8 +164,9 @@ def test_jax_scripts_run_it_in_graph(script):
     assert process.stdout.count("evaluation: ") == 2
 
 
-def test_torch_scripts_do_not_import_jax():
-    code = f"import sys, ppo; sys.argv[1:] = {RUN}; ppo.main(); assert not {{'jax', 'gymnax'}} & {{*sys.modules}}"
+@pytest.mark.parametrize(("script", "others"), [("ppo", {"jax", "gymnax"}), ("ppo_jax", {"torch"})])
+def test_a_run_imports_one_framework(script, others):
+    code = f"import sys, {script}; sys.argv[1:] = {RUN}; {script}.main(); assert not {others} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 

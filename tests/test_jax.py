@@ -421,7 +421,8 @@ def test_backend(env_id, expected):
     assert not module.uses_gymnax(module.Args(env_id=env_id, env_backend="gymnasium"))
 
 
-@pytest.mark.parametrize("backend", [pytest.param("gymnax", marks=pytest.mark.slow), "auto"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["gymnax", "auto"])
 def test_module_that_registers_with_gymnax(backend):
     """module:Id imports the module first, whichever way gymnax is chosen."""
     Path("mine.py").write_text("from gymnax.registration import *\nregister('Mine-v0', cartpole.CartPole)\n")

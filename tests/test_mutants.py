@@ -66,7 +66,7 @@ MUTANTS = [
     (ACJ, "running, running_return = running_returns", "running, _ = running_returns"),
     (PPO, "history[-args.num_minibatches :]]", "history[-1:]]"),
     (PPOJ, 'kl += metrics["approx_kl"] / args.num_minibatches', 'kl = metrics["approx_kl"]'),
-    (RF + AC, "nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)", "nn.utils.clip_grad_norm_(params, 1e9)"),
+    (RF + AC, "(params, args.max_grad_norm, foreach", "(params, 1e9, foreach"),
     (RFJ + ACJ, "optax.clip_by_global_norm(args.max_grad_norm)", "optax.clip(args.max_grad_norm)"),
     (RF + AC, "eps=1e-5", "eps=1e-8"),
     (RFJ + ACJ, "scale_by_adam(eps=1e-5)", "scale_by_adam(eps=1e-8)"),

@@ -302,6 +302,7 @@ def test_async_envs_change_nothing(script, finished):
     assert same(run(script, resume=str(run_dir), eval_only=True, **flags).agent, expected)
 
 
+@pytest.mark.slow
 @ppo_first
 def test_async_envs_whose_infos_do_not_fit_together(script):
     """They once hung: an answer was taken from a process and then waited for."""
