@@ -474,7 +474,7 @@ def report(
 
     libraries = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", "sbx-rl")
     versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    lines = [f"Measured by `speed.py`, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}.", ""]
+    lines = [f"Measured by `speed.py`, on CPUs with Python {platform.python_version()}, {versions}.", ""]
     lines += [
         "| comparison | cores | ours | other | ratio, median [lowest, highest] | pairs | start of both | processor |"
     ]
