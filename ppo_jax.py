@@ -59,7 +59,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -77,6 +77,7 @@ from flax import linen as nn
 from flax import serialization
 from jax import Array
 from jax.experimental.multihost_utils import process_allgather
+from jax.flatten_util import ravel_pytree
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.metadata import create_summary_metadata
@@ -103,7 +104,7 @@ class Args:
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(200_000, "[1, 2147483647]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    shard_envs: bool = False  # spread one agent's environments over all devices; slower on a CPU
+    shard_envs: bool = False  # spread one agent's environments over all devices; pays from some 64 on
     async_envs: bool = False  # a process per environment, for slow environments and about as many cores
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
@@ -655,18 +656,46 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
 
-def in_parts(function: Callable, data: Any, combine: Callable) -> Any:
-    """`function(data)`; with many rows on a CPU what `combine` makes of its outcomes, [parts, ...], for equal parts of
-    the rows. A mean of their means is the mean.
+def in_parts(function: Callable, combine: Callable) -> Callable:
+    """`function` of rows; of many on a CPU what `combine` makes of its outcomes, [parts, ...], for equal parts of them.
+    A mean of their means is the mean.
 
     The activations of many rows do not fit into the cache, those of some hundred do, which is twice as fast.
     """
-    size = len(jax.tree.leaves(data)[0])
-    rows = max((n for n in range(256, 513) if size % n == 0), default=size)
-    if size <= 4096 or rows == size or jax.default_backend() != "cpu":
+
+    def on_parts(data):
+        size = len(jax.tree.leaves(data)[0])
+        rows = max((n for n in range(256, 513) if size % n == 0), default=size)
+        if size <= 4096 or rows == size or jax.default_backend() != "cpu":
+            return function(data)
+        parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
+        return jax.tree.map(combine, jax.lax.map(function, parts))
+
+    return on_parts
+
+
+def spread(tree: Any, specs: Any = None) -> Any:
+    """Under --shard-envs `tree` laid out over the devices, whole on each or as `specs` say. The compiler adds the
+    communication."""
+    sharded = "envs" in jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(tree, specs or jax.sharding.PartitionSpec()) if sharded else tree
+
+
+def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
+    """`function` of rows; under --shard-envs each device has an equal share of them, and an outcome for each row of it,
+    or all have the mean."""
+    if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
-    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
-    return jax.tree.map(combine, jax.lax.map(function, parts))
+    unravel = None
+
+    def on_each(share):
+        nonlocal unravel
+        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
+        return flat[None] if mean else flat
+
+    cut = jax.sharding.PartitionSpec("envs")
+    flat = jax.shard_map(on_each, in_specs=cut, out_specs=cut, check_vma=False)(spread(data))
+    return unravel(flat.mean(0)) if mean else flat
 
 
 def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
@@ -684,12 +713,13 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         var = variables["stats"]["return_stats"]["var"]
         reward = (reward / jnp.sqrt(var + 1e-8)).clip(-10, 10)
     obs, action, next_obs = (x.reshape(-1, *x.shape[2:]) for x in (batch.obs, batch.action, batch.next_obs))
-    value_of = partial(agent.apply, variables, method="value")
-    value, next_value = (in_parts(value_of, x, jnp.ravel).reshape(reward.shape) for x in (obs, next_obs))
-    logp, _ = in_parts(lambda played: agent.apply(variables, *played, method="log_prob"), (obs, action), jnp.ravel)
+    value_of = in_parts(partial(agent.apply, variables, method="value"), jnp.ravel)
+    value, next_value = (in_shares(value_of, x).reshape(reward.shape) for x in (obs, next_obs))
+    logp_of = in_parts(lambda played: agent.apply(variables, *played, method="log_prob")[0], jnp.ravel)
+    logp = in_shares(logp_of, (obs, action))
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
     ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
-    data = Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value)))
+    data = spread(Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value))))
 
     lr = learning_rate(state.step, args)
     key, shuffle_key = jax.random.split(state.key)
@@ -703,7 +733,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         mb = Minibatch(*(x[rows] for x in data))
         mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
         gradient = partial(jax.grad(loss_fn, has_aux=True), params, variables["stats"], agent=agent, args=args)
-        grads, metrics = in_parts(gradient, mb, partial(jnp.mean, axis=0))
+        grads, metrics = in_shares(in_parts(gradient, partial(jnp.mean, axis=0)), mb, mean=True)
         metrics["grad_norm"] = optax.tree.norm(grads)
         old = params, opt_state
         direction, opt_state = make_optimizer(args).update(grads, opt_state)
@@ -892,14 +922,10 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
-def spread(state: State, args: Args, devices: list[jax.Device]) -> State:
-    """With --shard-envs the environments of the state on all devices, a part on each, and the rest on every one. The
-    compiler shares out the work and adds the communication."""
-    if not args.shard_envs:
-        return state
-    mesh = jax.sharding.Mesh(devices, "envs")
-    whole, part = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("envs",)))
-    return jax.lax.with_sharding_constraint(state, State(whole, whole, whole, part, part, part, whole, whole))
+def spread_envs(state: State) -> State:
+    """With --shard-envs the environments of the state in equal parts on the devices, the rest whole on each."""
+    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("envs")
+    return spread(state, State(whole, whole, whole, cut, cut, cut, whole, whole))
 
 
 def largest(x: Array) -> Array:
@@ -916,7 +942,7 @@ def make_train_step(
         state, batch = rollout(state, agent, envs, args)
         state, metrics = update(state, batch, agent, args)
         batch = batch._replace(obs=largest(batch.obs), action=None, next_obs=largest(batch.next_obs))
-        return spread(state, args, devices), batch, metrics
+        return spread_envs(state), batch, metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -1028,7 +1054,7 @@ def learn(
 
 def even_share(args: Args, num_devices: int) -> int:
     """The largest number of devices, of those there are, that divides what they share."""
-    shared = args.num_envs if args.shard_envs else args.num_seeds
+    shared = math.gcd(args.num_envs, args.minibatch_size) if args.shard_envs else args.num_seeds
     return max(n for n in range(1, num_devices + 1) if shared % n == 0)
 
 
@@ -1078,12 +1104,18 @@ def train(args: Args) -> Result:
     devices = pick_devices(args)
     here = next(device for device in devices if device.process_index == jax.process_index())
     quiet = redirect_stdout(None if jax.process_index() else sys.stdout)  # one host speaks, its files alone are kept
-    with quiet, tempfile.TemporaryDirectory() as scratch, jax.default_device(here), closing(make_envs(args)) as envs:
+    with (
+        quiet,
+        tempfile.TemporaryDirectory() as scratch,
+        jax.default_device(here),
+        closing(make_envs(args)) as envs,
+        jax.set_mesh(jax.sharding.Mesh(devices, "envs")) if args.shard_envs else nullcontext(),
+    ):
         agent = make_agent(envs, args)
         seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
 
         def init(seed):
-            return spread(init_state(seed, agent, envs, args), args, devices)
+            return spread_envs(init_state(seed, agent, envs, args))
 
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]

@@ -368,6 +368,9 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
             name = f"ppo_jax.py / PureJaxRL, {num_envs} environments" + f", {num_seeds} seeds" * (num_seeds > 1)
             peer = (purejaxrl, {"path": purejaxrl_path, "steps": steps, **size})
             found[name] = Pair((ours, ppo_jax | size | {"total_timesteps": steps}), peer, 2)
+            if num_envs >= 64:
+                shared = ppo_jax | size | {"total_timesteps": steps, "shard_envs": True}
+                found[name.replace(" /", " --shard-envs /")] = Pair((ours, shared), peer, 2)
     return found
 
 

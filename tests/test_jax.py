@@ -208,7 +208,8 @@ def test_seeds_share_the_hosts(script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_environments_share_the_devices(script):
     """--shard-envs: one agent with three of its six environments on each of two devices is what it is on one, and its
-    program is compiled once."""
+    program is compiled once. A minibatch takes one round of messages, of one array: with one for each of its weights
+    two devices of a CPU were slower than one."""
     code = f"""
 import os, sys
 import jax, numpy as np, {script} as module
@@ -218,7 +219,17 @@ args = module.Args(**flags, norm_obs=True, norm_reward=True, shard_envs=sys.argv
 steps, make = [], module.make_train_step
 module.make_train_step = lambda *args: steps.append(make(*args)) or steps[0]
 states, learn = [], module.learn
-module.learn = lambda state, *args: states.append(state) or learn(state, *args)
+
+def learn_and_look(state, recent_returns, train_step, *rest):
+    states.append(state)
+    program = train_step.lower(state).compile().as_text().splitlines()
+    of_minibatches = [line for line in program if "while/body/closed_call" in line]
+    talks = (" all-reduce(", " all-gather(", " all-to-all(", " collective-permute(")
+    messages = [line for line in of_minibatches if any(talk in line for talk in talks)]
+    assert len(messages) == (sys.argv[1] == "2") and all("= f32[" in line for line in messages), messages
+    return learn(state, recent_returns, train_step, *rest)
+
+module.learn = learn_and_look
 result = module.train(args)
 assert {{len(x.sharding.device_set) for x in (states[0].obs, states[0].key)}} == {{int(sys.argv[1])}}
 assert states[0].obs.is_deleted() and steps[0]._cache_size() == 1

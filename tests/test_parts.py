@@ -65,7 +65,8 @@ def test_in_parts(script, size, backend, parts, monkeypatch):
         seen.append(data["a"].shape)
         return data["a"] + data["b"][:, None], data["b"]
 
-    out = module.in_parts(function, {"a": rows, "b": rows[:, 0]}, lambda x: x.reshape(-1, *x.shape[2:]))
+    in_parts = module.in_parts(function, lambda x: x.reshape(-1, *x.shape[2:]))
+    out = in_parts({"a": rows, "b": rows[:, 0]})
     assert seen == [(size // parts, 2)]  # traced once
     assert np.array_equal(out[0], rows + rows[:, :1]) and np.array_equal(out[1], rows[:, 0])
 
