@@ -682,8 +682,8 @@ def spread(tree: Any, specs: Any = None) -> Any:
 
 
 def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function` of rows; under --shard-envs each device has an equal share of them, and an outcome for each row of it,
-    or all have the mean."""
+    """`function` of rows. Under --shard-envs each device calls it with an equal share of them, and what comes out, an
+    array of as many rows, is put together, or under `mean` averaged, whatever it is."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
     unravel = None
