@@ -218,7 +218,7 @@ flags = dict(num_envs=6, num_steps=64, num_minibatches=2, total_timesteps=3840, 
 args = module.Args(**flags, norm_obs=True, norm_reward=True, shard_envs=sys.argv[1] == "2")
 steps, make = [], module.make_train_step
 module.make_train_step = lambda *args: steps.append(make(*args)) or steps[0]
-states, learn = [], module.learn
+states, metrics, learn = [], [], module.learn
 
 def learn_and_look(state, recent_returns, train_step, *rest):
     states.append(state)
@@ -227,13 +227,19 @@ def learn_and_look(state, recent_returns, train_step, *rest):
     talks = (" all-reduce(", " all-gather(", " all-to-all(", " collective-permute(")
     messages = [line for line in of_minibatches if any(talk in line for talk in talks)]
     assert len(messages) == (sys.argv[1] == "2") and all("= f32[" in line for line in messages), messages
-    return learn(state, recent_returns, train_step, *rest)
+
+    def step(state):
+        *outcome, of_iteration = train_step(state)
+        metrics.extend(of_iteration.values())  # Adam hides a gradient that is too long
+        return *outcome, of_iteration
+
+    return learn(state, recent_returns, step, *rest)
 
 module.learn = learn_and_look
 result = module.train(args)
 assert {{len(x.sharding.device_set) for x in (states[0].obs, states[0].key)}} == {{int(sys.argv[1])}}
 assert states[0].obs.is_deleted() and steps[0]._cache_size() == 1
-np.savez(sys.argv[1], *jax.tree.leaves(result.agent), result.eval_returns, result.episode_steps)
+np.savez(sys.argv[1], *jax.tree.leaves(result.agent), *metrics, result.eval_returns, result.episode_steps)
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     for devices in ("1", "2"):
