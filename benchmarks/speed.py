@@ -252,7 +252,7 @@ def processor(cuda: bool = False) -> str:
 
 def in_fresh_process(program: Callable, cores: int, processes: int = 1, **settings) -> tuple[Any, float, float]:
     """What the program returns, its memory [MB, at the peak], and when its process was started. Of several processes,
-    which torchrun starts, it is what one of them says."""
+    which torchrun starts, it is what the first one says."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     worker = [__file__, "--worker", json.dumps([program.__name__, cores, settings])]
     command = [sys.executable, *launcher, *worker]
@@ -313,7 +313,8 @@ def worker(name: str, cores: int, settings: dict) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     outcome = globals()[name](**settings)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("\n" + json.dumps([outcome, memory]))
+    if os.environ.get("RANK", "0") == "0":  # the lines of several would run into each other
+        print("\n" + json.dumps([outcome, memory]))
 
 
 @dataclass(frozen=True)
@@ -450,7 +451,7 @@ def by_default(script: str, backend: str | None, repeats: int = 3) -> dict:
     results = [measure(ours, 2, script=script, eval_episodes=0, **flags) for _ in range(repeats)]
     row = {"command": f"{script}.py" + f" --env-backend {backend}" * (backend is not None)}
     row |= {name: f"{np.median([result[name] for result in results]):.3g}" for name in ("start", "speed")}
-    return row | {"runs": repeats, "processor": processor()}
+    return row | {"runs": f"{repeats}", "processor": processor()}
 
 
 # ======================================================= Report =======================================================
