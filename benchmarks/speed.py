@@ -512,7 +512,7 @@ def report(
     (HERE / "SPEED.md").write_text("\n".join(lines) + "\n")
     if not scaling:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for ax, quantity, label in zip(axes, ("speed", "memory"), ("steps per second", "peak memory, MB"), strict=True):
         for script in dict.fromkeys(row["script"] for row in scaling):
             of_script = sorted(
@@ -521,7 +521,7 @@ def report(
             ax.loglog(*zip(*of_script, strict=True), marker="o", label=f"{script}.py")
         ax.set(xlabel="environments", ylabel=label)
         ax.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(HERE / "speed.png", dpi=120)
 
 
