@@ -1014,15 +1014,15 @@ def learn(
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
-            ended = np.nonzero(batch.done)
+            done = batch.done > 0
+            ended = np.nonzero(done)
             returns, steps = batch.episode_return[ended].tolist(), batch.step[ended[:2]].tolist()
             for s, episode_return, at in zip(ended[0], returns, steps, strict=True):
                 recent_returns[s].append(episode_return)
                 episodes[s].append((episode_return, at))
             for t in np.unique(ended[1]) if args.num_seeds == 1 else ():
-                done = batch.done[0, t] > 0
-                scalars = [("charts/episodic_return", x) for x in batch.episode_return[0, t, done]]
-                scalars += [("charts/episodic_length", x) for x in batch.episode_length[0, t, done]]
+                scalars = [("charts/episodic_return", x) for x in batch.episode_return[0, t, done[0, t]]]
+                scalars += [("charts/episodic_length", x) for x in batch.episode_length[0, t, done[0, t]]]
                 log(writer, scalars, batch.step[0, t])
             scalars = [(f"losses/{name}", value.mean()) for name, value in metrics.items()]
             sps = args.num_seeds * (step - first_step) / (time.perf_counter() - start)
