@@ -657,8 +657,8 @@ def shuffles(key: Array, count: int, size: int) -> Array:
 
 
 def in_parts(function: Callable, combine: Callable) -> Callable:
-    """`function` of rows; of many on a CPU what `combine` makes of its outcomes, [parts, ...], for equal parts of them.
-    A mean of their means is the mean.
+    """`function`, but called with many rows on a CPU it takes equal parts of them one after the other, and `combine`
+    makes one outcome of theirs, [parts, ...]. A mean of their means is the mean.
 
     The activations of many rows do not fit into the cache, those of some hundred do, which is twice as fast.
     """
@@ -682,8 +682,8 @@ def spread(tree: Any, specs: Any = None) -> Any:
 
 
 def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function` of rows. Under --shard-envs each device calls it with an equal share of them, and what comes out, an
-    array of as many rows, is put together, or under `mean` averaged, whatever it is."""
+    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows; outcomes, an array with
+    a number for each row, are put together, or under `mean`, whatever they are, averaged."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
     unravel = None
