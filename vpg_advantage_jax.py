@@ -667,8 +667,8 @@ def spread(tree: Any, specs: Any = None) -> Any:
 
 
 def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows; outcomes, an array with
-    a number for each row, are put together, or under `mean`, whatever they are, averaged."""
+    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows; its outcomes, numbers
+    for each row, are put together, or under `mean`, whatever they are, averaged."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
     unravel = None
@@ -871,7 +871,8 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     opt_state = make_optimizer(args).init(variables["params"])
     zero = jnp.zeros((), jnp.int32)
     state = State(variables, opt_state, key, env, obs, jnp.zeros(args.num_envs), zero, zero)
-    return jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
+    state = jax.tree.map(lambda x: x.astype(x.dtype), state)  # no weak types: they would compile every program twice
+    return spread_envs(state)
 
 
 def fetch(tree: Any) -> Any:
@@ -1086,10 +1087,7 @@ def train(args: Args) -> Result:
     ):
         agent = make_agent(envs, args)
         seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
-
-        def init(seed):
-            return spread_envs(init_state(seed, agent, envs, args))
-
+        init = partial(init_state, agent=agent, envs=envs, args=args)
         state = jax.jit(over_seeds(init, args, devices))(seeds)
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
         state, run_dir = (state, None) if args.resume is None else load(state, recent_returns, args)
