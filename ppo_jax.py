@@ -686,14 +686,15 @@ def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
     for each row, are put together, or under `mean`, whatever they are, averaged."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
-    unravel = None
+    unravel = None  # from one array back to the outcome: known when `on_each` has been traced
 
     def on_each(share):
         nonlocal unravel
-        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
+        flat, unravel = ravel_pytree(function(share))  # one array, for each costs a round of messages
         return flat[None] if mean else flat
 
     cut = jax.sharding.PartitionSpec("envs")
+    # [rows], or under `mean` [devices, numbers of an outcome]
     flat = jax.shard_map(on_each, in_specs=cut, out_specs=cut, check_vma=False)(spread(data))
     return unravel(flat.mean(0)) if mean else flat
 
