@@ -549,6 +549,7 @@ def test_called_with_a_path_and_numpy_numbers(script, finished, tmp_path):
 def test_resume_of_a_finished_run(script, finished, tmp_path, monkeypatch, capsys):
     run_dir = shutil.copytree(finished(script).folder, tmp_path / "run")
     before = contents(tmp_path)
+    capsys.readouterr()  # what the finished run printed, where this test is the first to ask for it
     monkeypatch.setattr(sys, "argv", [script, *argv(settings(script, resume=str(run_dir)))])
     importlib.import_module(script).main()  # returns: status 0
     out, err = capsys.readouterr()
