@@ -17,10 +17,10 @@ environment [1; 2, sec. 13.3]:
 
     grad J = E[ sum_t G_t grad log pi(a_t|s_t) ],   G_t = R_t + gamma (1 - done_t) G_{t+1}
 
-and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
-the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t that the sum has for gamma < 1 [2, box in sec. 13.3] is left out. A
-third, by default: returns are standardised in each update, a baseline and a step size in one (--no-norm-return).
+and the mean over N episodes is an unbiased estimate of it. Each environment plays exactly one episode per update: the
+N episodes that finish first would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
+the end of the episode, and the factor gamma^t of the discounted sum [2, box in sec. 13.3] is left out. A third, unless
+--no-norm-return: returns are standardised in each update, which acts as a baseline and scales the step.
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage.py subtracts a learned baseline to lower it.
@@ -29,7 +29,7 @@ G_t depends on everything that happened after t. vpg_advantage.py subtracts a le
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
 Shapes: time comes first. T = the length of the longest episode, N = num_envs; D and A are the sizes of an observation
-and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
+and a Box action. Booleans are floats, 0 or 1; the rewards and dones of step t follow its action.
 A resumed run is the uninterrupted one: every iteration starts new episodes, from seeds that the step decides.
 
 Run:   python reinforce.py --env-id CartPole-v1
@@ -84,20 +84,20 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
-    cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
     compile: bool = False  # torch.compile loss and gradient, on a GPU the policy too: slow to start, then faster
-    async_envs: bool = False  # a process per environment, for slow environments and about as many cores
+    async_envs: bool = False  # a process per environment: for slow ones, with about a core for each
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
-    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    resume: str | None = None  # checkpoint or run folder to continue; flags are not restored
     eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
     eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
-    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
-    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    return_window: int = bounded(100, "[1, inf)")  # number of episodes in the mean return
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when a full window's mean return reaches this
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
-    anneal_lr: bool = True  # lower it linearly to zero
-    num_envs: int = bounded(8, "[1, inf)")  # environments side by side, one episode of each per update (N)
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # parallel environments, one episode of each per update (N)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     temperature: float = bounded(1.0, "(0, inf)")  # of the softmax over Discrete actions, higher explores more
@@ -119,7 +119,7 @@ def plain(args: Args) -> Args:
 
 
 def check_args(args: Args) -> None:
-    """Raise ValueError, naming the flag, for values that make no run."""
+    """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
         value, interval = getattr(args, f.name), f.metadata.get("interval")
         if interval is None or value is None:
@@ -142,12 +142,12 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
-    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
+    """The space that the policy acts in and the map from it to `space`: Discrete from 0, or an unbounded Box, of which
+    [-1, 1] is mapped to the bounds and all else is clipped to them. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+        raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
     low = np.where(both, space.low, -1).astype(space.dtype)
@@ -163,8 +163,8 @@ def time_limit(args: Args) -> int | None:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
-    reset may write over, and drops `info`, which need not fit into one array for all environments."""
+    """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
+    overwrite, and drops `info`, which need not stack into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -176,7 +176,7 @@ class Named(gym.Wrapper):
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
-        except Exception as error:  # whatever a stranger's environment raises
+        except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
@@ -189,15 +189,15 @@ class Named(gym.Wrapper):
 
 
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
-    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
-    and for spaces that an MLP cannot serve."""
+    """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
+    cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
         os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if time_limit(args) is None:
-            raise ValueError("no time limit of its own, give one with --max-episode-steps")
+            raise ValueError("has no time limit, give one by --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
         if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
@@ -213,7 +213,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         space, to_env = action_frame(env.action_space)
         env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
-    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+    except Exception as error:  # third-party code may raise anything: the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -229,8 +229,8 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
+    """Independent seeds for `count` environments reset at `step`, so that a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation, 2 for the rest."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -238,7 +238,7 @@ def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
 
 
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    """Linear layers with orthogonal weights, gain sqrt 2, in the last layer `gain`, and zero biases."""
     layers = []
     for n_in, n_out in itertools.pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
@@ -272,12 +272,12 @@ class Agent(nn.Module):
         out = self.actor(obs) / self.temperature
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise, -log of exponential, is a draw from their softmax
+        if self.discrete:  # Gumbel-max: the argmax of logits plus Gumbel noise, -log(exponential), samples the softmax
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...], summed over a Box action's dimensions."""
         out = self.actor(obs) / self.temperature
         if self.discrete:
             logp = out.log_softmax(-1)
@@ -295,11 +295,11 @@ class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where they are collected, tensors on the device in the update."""
 
     obs: np.ndarray  # [T, N, D]
-    action: np.ndarray  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    action: np.ndarray  # [T, N] or [T, N, A], as sampled: the environment clips it
     reward: np.ndarray  # [T, N]
     done: np.ndarray  # [T, N] the episode ended here
-    mask: np.ndarray  # [T, N] 1 up to and with that step, 0 after it
-    step: np.ndarray  # [T] environment steps of the whole run, up to and with this row
+    mask: np.ndarray  # [T, N] 1 up to that step, inclusive, 0 after it
+    step: np.ndarray  # [T] environment steps of the run so far, including this row's
     episode_return: np.ndarray  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: np.ndarray  # [T, N] and its number of steps
 
@@ -333,7 +333,7 @@ class Result(NamedTuple):
 
 def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
-    ret, following = [], torch.zeros_like(reward[0])  # a list, for indexing tensors takes as long as the arithmetic
+    ret, following = [], torch.zeros_like(reward[0])  # a list: indexing tensors takes as long as the arithmetic
     for reward_t, done_t in zip(reversed(reward.unbind()), reversed(done.unbind()), strict=True):
         # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9, whose R_{t+1} is our R_t)
         following = reward_t + gamma * (1 - done_t) * following
@@ -342,7 +342,7 @@ def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
 
 
 def standardize(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit deviation where `mask` is 1, the population's: the sample's is NaN for a single number."""
+    """Zero mean and unit population standard deviation where `mask` is 1: the sample's is NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = (((x - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
     return (x - mean) / (std + 1e-8)
@@ -350,7 +350,7 @@ def standardize(x: Tensor, mask: Tensor) -> Tensor:
 
 def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
-    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8, summed over each episode: no bias)
+    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8; a mean over steps would be biased)
     return -(logp * ret * mask).sum() / mask.shape[-1]
 
 
@@ -410,11 +410,11 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, Tensor]:
-    """Leave the gradients of the loss in the parameters, no longer than --max-grad-norm. Returns what to log."""
+    """Backpropagate the loss and clip the norm of the gradients to --max-grad-norm. Returns what to log."""
     params = list(agent.parameters())
     loss, metrics = loss_fn(agent, batch, ret, args)
     loss.backward()
-    fused = not args.compile  # or PyTorch 2.11 cannot compile it for a GPU
+    fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
     return {name: x.detach() for name, x in metrics.items()}
 
@@ -462,7 +462,7 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     try:
         with unfinished.open("wb") as file:
             file.write(buffer.getvalue())
-            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+            os.fsync(file.fileno())  # else a power cut could leave the new name and no content
     except OSError:
         unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
@@ -478,7 +478,7 @@ def load(state: State, args: Args) -> Path:
         if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
             raise ValueError("damaged, or packed as torch.save does not")
         with warnings.catch_warnings(action="ignore"):
-            # weights_only admits tensors and plain Python values: a stranger's file cannot run code
+            # weights_only admits tensors and plain Python values: no file can run code
             saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
@@ -559,7 +559,7 @@ class StopSignal:
 
 
 def compiled(function: Callable, args: Args) -> Callable:
-    """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    """`function`, under --compile fused, on a GPU as a CUDA graph, with the random numbers of the original."""
     if not args.compile:
         return function
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # not in PyTorch 2.9: .backward() in the same graph
@@ -568,7 +568,7 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def solved(recent_returns: deque, args: Args) -> bool:
-    """Whether a full window of returns has the mean --target-return."""
+    """Whether a full window of returns averages --target-return or more."""
     full = len(recent_returns) == args.return_window
     return args.target_return is not None and full and sum(recent_returns) / args.return_window >= args.target_return
 
@@ -629,7 +629,7 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
@@ -678,7 +678,7 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
+    """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:

@@ -21,10 +21,10 @@ environment [1; 2, sec. 13.3]:
 
     grad J = E[ sum_t G_t grad log pi(a_t|s_t) ],   G_t = R_t + gamma (1 - done_t) G_{t+1}
 
-and the mean over N episodes is an unbiased estimate of it: each environment plays exactly one episode per update, for
-the first N episodes to finish would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
-the end of the episode, and the factor gamma^t that the sum has for gamma < 1 [2, box in sec. 13.3] is left out. A
-third, by default: returns are standardised in each update, a baseline and a step size in one (--no-norm-return).
+and the mean over N episodes is an unbiased estimate of it. Each environment plays exactly one episode per update: the
+N episodes that finish first would mostly be short ones. Two liberties, which everyone takes: a time limit counts as
+the end of the episode, and the factor gamma^t of the discounted sum [2, box in sec. 13.3] is left out. A third, unless
+--no-norm-return: returns are standardised in each update, which acts as a baseline and scales the step.
 
 No exploration has to be designed, actions may be continuous and the policy changes smoothly. The price is variance:
 G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts a learned baseline to lower it.
@@ -32,8 +32,8 @@ G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts 
 [1] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
-Shapes: time comes first. T = the time limit of an episode, for shapes are fixed; N = num_envs; D and A are the sizes
-of an observation and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
+Shapes: time comes first. T = the time limit of an episode, as shapes are fixed; N = num_envs; D and A are the sizes
+of an observation and a Box action. Booleans are floats, 0 or 1; the rewards and dones of step t follow its action.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; other
 environments are stepped on the host. A resumed run is the uninterrupted one: every iteration starts new episodes.
 
@@ -101,19 +101,19 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
-    cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    async_envs: bool = False  # a process per environment, for slow environments and about as many cores
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    async_envs: bool = False  # a process per environment: for slow ones, with about a core for each
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
-    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    resume: str | None = None  # checkpoint or run folder to continue; flags are not restored
     eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
     eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
-    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
-    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    return_window: int = bounded(100, "[1, inf)")  # number of episodes in the mean return
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when a full window's mean return reaches this
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
-    anneal_lr: bool = True  # lower it linearly to zero
-    num_envs: int = bounded(8, "[1, inf)")  # environments side by side, one episode of each per update (N)
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # parallel environments, one episode of each per update (N)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     temperature: float = bounded(1.0, "(0, inf)")  # of the softmax over Discrete actions, higher explores more
@@ -135,7 +135,7 @@ def plain(args: Args) -> Args:
 
 
 def check_args(args: Args) -> None:
-    """Raise ValueError, naming the flag, for values that make no run."""
+    """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
         value, interval = getattr(args, f.name), f.metadata.get("interval")
         if interval is None or value is None:
@@ -145,7 +145,7 @@ def check_args(args: Args) -> None:
             if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
                 raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
     if args.seed + args.num_seeds > 2**32:
-        raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
+        raise ValueError(f"--num-seeds {args.num_seeds}: with --seed {args.seed} the last would be above 4294967295")
     if len(os.fsencode(args.exp_name)) > 100:  # a file system takes 255 for the whole name
         raise ValueError(f"--exp-name {args.exp_name}: longer than 100 bytes")
     if args.eval_only and args.resume is None:
@@ -160,12 +160,12 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
-    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
+    """The space that the policy acts in and the map from it to `space`: Discrete from 0, or an unbounded Box, of which
+    [-1, 1] is mapped to the bounds and all else is clipped to them. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+        raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
     low = np.where(both, space.low, -1).astype(space.dtype)
@@ -181,8 +181,8 @@ def time_limit(args: Args) -> int | None:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
-    reset may write over, and drops `info`, which need not fit into one array for all environments."""
+    """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
+    overwrite, and drops `info`, which need not stack into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -194,7 +194,7 @@ class Named(gym.Wrapper):
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
-        except Exception as error:  # whatever a stranger's environment raises
+        except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
@@ -207,15 +207,15 @@ class Named(gym.Wrapper):
 
 
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
-    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
-    and for spaces that an MLP cannot serve."""
+    """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
+    cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
         os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes one
         env = gym.make(args.env_id, args.max_episode_steps, disable_env_checker=True, **rendering)
         if time_limit(args) is None:
-            raise ValueError("no time limit of its own, give one with --max-episode-steps")
+            raise ValueError("has no time limit, give one by --max-episode-steps")
         if args.capture_video and "rgb_array" not in env.metadata.get("render_modes", ()):
             raise ValueError("cannot be rendered for --capture-video")
         if render_mode is not None:  # what cannot be rendered is to fail now, not after hours of training
@@ -231,7 +231,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         space, to_env = action_frame(env.action_space)
         env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
-    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+    except Exception as error:  # third-party code may raise anything: the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -240,7 +240,7 @@ class GymnaxEnvs:
     as in `make_envs`."""
 
     def __init__(self, args: Args, num_envs: int):
-        import gymnax  # here, for it takes seconds
+        import gymnax  # here, as it takes seconds
         from gymnax.environments.spaces import gymnax_space_to_gym_space
         from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
 
@@ -278,11 +278,11 @@ def uses_gymnax(args: Args) -> bool:
     if module:
         try:
             importlib.import_module(module)  # may register with gymnax
-        except Exception:  # whatever a stranger's module raises
+        except Exception:  # third-party code may raise anything
             return False  # Gymnasium will say what is wrong
     if args.env_backend == "gymnasium":
         return False
-    # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
+    # Both registries have these; gymnax knows another Gymnasium id only if a user registered it there.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
     if args.env_backend == "auto" and name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
@@ -300,7 +300,7 @@ def make_envs(args: Args) -> Envs:
         make_env(args, render_mode=render_mode).close()
     if uses_gymnax(args):
         if args.async_envs:
-            raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
+            raise ValueError("--async-envs: not for gymnax environments, unless with --env-backend gymnasium")
         try:
             return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
@@ -308,15 +308,15 @@ def make_envs(args: Args) -> Envs:
     if args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: needs gymnax, --env-id {args.env_id} runs in gymnasium")
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
-    if args.async_envs:  # spawned: JAX has threads, which no fork survives
+    if args.async_envs:  # spawned: forking is unsafe with JAX's threads
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
+    """Independent seeds for `count` environments reset at `step`, so that a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation, 2 for the rest."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -324,7 +324,7 @@ def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
 
 
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    """Linear layers with orthogonal weights, gain sqrt 2, in the last layer `gain`, and zero biases."""
     layers = []
     for n_out in sizes[:-1]:
         layers += [nn.Dense(n_out, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
@@ -364,7 +364,7 @@ class Agent(nn.Module):
         return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
     def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
-        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...], summed over a Box action's dimensions."""
         out = self.actor(obs) / self.args.temperature
         if self.discrete:
             logp = jax.nn.log_softmax(out)
@@ -392,11 +392,11 @@ class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where the host collects them, else JAX arrays."""
 
     obs: Array  # [T, N, D]
-    action: Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    action: Array  # [T, N] or [T, N, A], as sampled: the environment clips it
     reward: Array  # [T, N]
     done: Array  # [T, N] the episode ended here
-    mask: Array  # [T, N] 1 up to and with that step, 0 after it
-    step: Array  # [T] environment steps of the whole run, up to and with this row
+    mask: Array  # [T, N] 1 up to that step, inclusive, 0 after it
+    step: Array  # [T] environment steps of the run so far, including this row's
     episode_return: Array  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: Array  # [T, N] and its number of steps
 
@@ -406,7 +406,7 @@ class State(NamedTuple):
 
     variables: dict  # "params" of the agent
     opt_state: optax.OptState
-    key: Array  # source of all random numbers, split at every use
+    key: Array  # PRNG key of the training, split at every use
     step: Array  # environment steps
     iteration: Array  # rollouts and updates
 
@@ -437,7 +437,7 @@ def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
 
 
 def standardize(x: Array, mask: Array) -> Array:
-    """Zero mean and unit deviation where `mask` is 1, the population's: the sample's is NaN for a single number."""
+    """Zero mean and unit population standard deviation where `mask` is 1: the sample's is NaN for a single number."""
     mean = (x * mask).sum() / mask.sum()
     std = jnp.sqrt(((x - mean) ** 2 * mask).sum() / mask.sum())
     return (x - mean) / (std + 1e-8)
@@ -445,7 +445,7 @@ def standardize(x: Array, mask: Array) -> Array:
 
 def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
-    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8, summed over each episode: no bias)
+    # 1/N sum_n sum_t G_t log pi(a_t|s_t)    (Sutton and Barto 2018, eq. 13.8; a mean over steps would be biased)
     return -(logp * ret * mask).sum() / mask.shape[-1]
 
 
@@ -491,7 +491,7 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
 
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
-    """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
+    """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone outside it."""
     key, rollout_key = jax.random.split(state.key)
     current, _ = envs.reset(seed=env_seeds(args.seed, int(state.step), args.num_envs))
     num_steps = time_limit(args)
@@ -535,7 +535,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, for it changes with the step."""
+    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, as it changes with the step."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
@@ -575,7 +575,7 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     try:
         with unfinished.open("wb") as file:
             file.write(serialization.msgpack_serialize(checkpoint))
-            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+            os.fsync(file.fileno())  # else a power cut could leave the new name and no content
     except OSError:
         unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
@@ -689,7 +689,7 @@ def init_state(seed: Array, agent: Agent, args: Args) -> State:
     """The state of one agent before its first step."""
     key, params_key = jax.random.split(jax.random.PRNGKey(seed))
     obs = jnp.zeros((args.num_envs, agent.obs_size))
-    # one agent at a time: in a batch of QR decompositions, for orthogonal weights, XLA's threads can wait for ever
+    # one agent at a time: a batch of QR decompositions, for orthogonal weights, can deadlock XLA's threads
     variables = jax.custom_batching.sequential_vmap(agent.init)(params_key, obs)
     opt_state = make_optimizer(args).init(variables["params"])
     zero = jnp.zeros((), jnp.int32)
@@ -698,7 +698,7 @@ def init_state(seed: Array, agent: Agent, args: Args) -> State:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays as NumPy's, whole on each host where there are several."""
+    """The arrays in NumPy, whole on each host where there are several."""
     return process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
 
 
@@ -708,18 +708,18 @@ def first(tree: Any) -> Any:
 
 
 def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
-    """Turn `function` of one agent's arrays into one of arrays with an axis of agents in front, a part on each device.
-    One agent alone runs without that axis inside, which is faster."""
+    """Turn `function` of one agent's arrays into one of arrays with a leading axis of agents, split over the devices.
+    A single agent is computed without that axis, which is faster."""
     if args.num_seeds > 1:
         spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
         function = jax.vmap(function, axis_name="seeds")
-        # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
+        # the devices never wait for each other: nothing is repartitioned, no collectives between them
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
 def largest(x: Array) -> Array:
-    """The largest number of each observation, in size: finite if all are."""
+    """The largest magnitude in each observation: finite if all are."""
     return jnp.abs(x).max(-1)
 
 
@@ -752,7 +752,7 @@ def make_train_step(
 
 
 def open_log(args: Args, run_dir: Path, step: int) -> EventFileWriter:
-    """A log for TensorBoard. Of a run that is resumed at `step`, what was logged later is void."""
+    """A log for TensorBoard. Resuming at `step` voids what was logged after it."""
     writer = EventFileWriter(str(run_dir), max_queue_size=1000)  # by default 10: training would wait for the disk
     if step:
         writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -769,7 +769,7 @@ def log(writer: EventFileWriter, scalars: list[tuple[str, float]], step: int) ->
 
 
 def solved(recent_returns: list[deque], args: Args) -> bool:
-    """Whether a full window of each agent's returns has the mean --target-return."""
+    """Whether each agent's full window of returns averages --target-return or more."""
     full = all(len(returns) == args.return_window for returns in recent_returns)
     means = (sum(returns) / args.return_window for returns in recent_returns)
     return args.target_return is not None and full and min(means) >= args.target_return
@@ -841,17 +841,17 @@ def learn(
 
 
 def even_share(args: Args, num_devices: int) -> int:
-    """The largest number of devices, of those there are, that divides what they share."""
+    """The largest number of devices, `num_devices` at most, that divides what they share."""
     return max(n for n in range(1, num_devices + 1) if args.num_seeds % n == 0)
 
 
 def pick_devices(args: Args) -> list[jax.Device]:
-    """As many GPUs, or cores of the CPU as devices of their own, as can share the work evenly. JAX starts its
+    """The GPUs, or the CPU's cores as one device each, as many as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA scatters the work of all devices over all threads: more than one per device only help where it is large
+    # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
     rows = args.num_seeds * args.num_envs
     large = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 > 2**19
     given = os.environ.get("NPROC")
@@ -860,7 +860,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)
     if args.cuda and not jax.config.jax_default_matmul_precision:
-        jax.config.update("jax_default_matmul_precision", "float32")  # or a GPU takes TF32: log-probabilities 1e-4 off
+        jax.config.update("jax_default_matmul_precision", "float32")  # by default TF32: log-probabilities 1e-4 off
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
@@ -868,7 +868,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     try:
         devices = jax.devices(platform)
     except RuntimeError:
-        print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
+        print("warning: --cuda: no GPU found, or JAX started without one; using the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
     if given is None:
         del os.environ["NPROC"]  # processes started from this one choose for themselves
@@ -881,7 +881,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
@@ -936,7 +936,7 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
+    """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:

@@ -11,30 +11,30 @@
 # ///
 """Vanilla policy gradient (VPG) with a learned baseline and generalised advantages, in PyTorch.
 
-REINFORCE weighs grad log pi of each action by the return that followed. Subtracting from that what the state was worth
-anyway keeps the gradient's mean and lowers its variance; a value network V learns this worth. With lambda < 1 it also
-stands in for rewards to come, which lowers the variance further, for some bias:
+REINFORCE weights grad log pi of each action by the return that followed. Subtracting a baseline, what the state was
+worth anyway, leaves the gradient unbiased and lowers its variance; a value network V learns it. With lambda < 1, V also
+stands in for rewards further ahead, which lowers the variance again, at some bias:
 
     grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
 
-with a squared error for the value and an entropy bonus beside it, and A_t the generalised advantage
+with a squared-error value loss and an entropy bonus added, and A_t the generalised advantage (GAE)
 
     delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                               [1, sec. 3]
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
-A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum. The mean over
-the steps of a batch, E_t, is REINFORCE's sum over an episode but for a constant factor, their mean length.
+A time limit is no failure: the rest of an episode that it truncates is worth V(s'_t), s'_t being the observation at
+the cut. Only `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum. E_t, the mean
+over the steps of a batch, is REINFORCE's sum over an episode divided by a constant, the mean episode length.
 
-This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
-one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo.py
-is about taking many.
+This is the gradient at the policy that played the batch: it holds only for the first step of an update, and one step
+is the default. Later steps would use actions and advantages of a policy that is no longer the current one; ppo.py is
+about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
-and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
+and a Box action. Booleans are floats, 0 or 1; the rewards and dones of step t follow its action.
 A resumed run has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
 
 Run:   python vpg_advantage.py --env-id CartPole-v1
@@ -92,24 +92,24 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(300_000, "[1, inf)")  # environment steps, all environments together
-    cuda: bool = False  # use the GPU; for small networks the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
     compile: bool = False  # torch.compile loss and gradient, on a GPU the policy too: slow to start, then faster
-    async_envs: bool = False  # a process per environment, for slow environments and about as many cores
+    async_envs: bool = False  # a process per environment: for slow ones, with about a core for each
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
-    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    resume: str | None = None  # checkpoint or run folder to continue; flags are not restored
     eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
     eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
-    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
-    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    return_window: int = bounded(100, "[1, inf)")  # number of episodes in the mean return
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when a full window's mean return reaches this
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
-    anneal_lr: bool = True  # lower it linearly to zero
-    num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # parallel environments (N)
     num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
-    gae_lambda: float = bounded(0.99, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
+    gae_lambda: float = bounded(0.99, "[0, 1]")  # bias-variance trade-off of GAE, 0: TD error, 1: return - value
     num_minibatches: int = bounded(1, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(1, "[1, inf)")  # passes over each batch
     norm_adv: bool = False  # standardise the advantages of each minibatch
@@ -139,7 +139,7 @@ class Args:
 
 
 def processes() -> tuple[int, int]:
-    """Rank of this process and their number: 0 and 1 unless torchrun started several."""
+    """Rank of this process and number of processes: 0 and 1 without torchrun."""
     launched = dist.is_torchelastic_launched()
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
 
@@ -151,7 +151,7 @@ def plain(args: Args) -> Args:
 
 
 def check_args(args: Args) -> None:
-    """Raise ValueError, naming the flag, for values that make no run."""
+    """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
         value, interval = getattr(args, f.name), f.metadata.get("interval")
         if interval is None or value is None:
@@ -180,12 +180,12 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
-    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
+    """The space that the policy acts in and the map from it to `space`: Discrete from 0, or an unbounded Box, of which
+    [-1, 1] is mapped to the bounds and all else is clipped to them. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+        raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
     low = np.where(both, space.low, -1).astype(space.dtype)
@@ -196,8 +196,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
-    reset may write over, and drops `info`, which need not fit into one array for all environments."""
+    """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
+    overwrite, and drops `info`, which need not stack into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -209,7 +209,7 @@ class Named(gym.Wrapper):
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
-        except Exception as error:  # whatever a stranger's environment raises
+        except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
@@ -222,8 +222,8 @@ class Named(gym.Wrapper):
 
 
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
-    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
-    and for spaces that an MLP cannot serve."""
+    """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
+    cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
         os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
@@ -244,7 +244,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         space, to_env = action_frame(env.action_space)
         env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
-    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+    except Exception as error:  # third-party code may raise anything: the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -261,8 +261,8 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
+    """Independent seeds for `count` environments reset at `step`, so that a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation, 2 for the rest."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -270,7 +270,7 @@ def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
 
 
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    """Linear layers with orthogonal weights, gain sqrt 2, in the last layer `gain`, and zero biases."""
     layers = []
     for n_in, n_out in itertools.pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
@@ -335,12 +335,12 @@ class Agent(nn.Module):
         out = self.actor(self.normalize(obs))
         if greedy:
             return out.argmax(-1) if self.discrete else out
-        if self.discrete:  # the argmax of logits plus Gumbel noise, -log of exponential, is a draw from their softmax
+        if self.discrete:  # Gumbel-max: the argmax of logits plus Gumbel noise, -log(exponential), samples the softmax
             return (out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out + self.log_std.exp() * torch.randn_like(out)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...], summed over a Box action's dimensions."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
             logp = out.log_softmax(-1)
@@ -358,12 +358,12 @@ class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where they are collected, tensors on the device in the update."""
 
     obs: np.ndarray  # [T, N, D]
-    action: np.ndarray  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    action: np.ndarray  # [T, N] or [T, N, A], as sampled: the environment clips it
     reward: np.ndarray  # [T, N]
-    next_obs: np.ndarray  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
+    next_obs: np.ndarray  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
     terminated: np.ndarray  # [T, N] the task itself ended
     truncated: np.ndarray  # [T, N] a time limit cut the episode
-    step: np.ndarray  # [T] environment steps of the whole run, up to and with this row
+    step: np.ndarray  # [T] environment steps of the run so far, including this row's
     episode_return: np.ndarray  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: np.ndarray  # [T, N] and its number of steps
 
@@ -391,7 +391,7 @@ class State:
     optimizer: torch.optim.Optimizer
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
-    obs: np.ndarray  # [N, D] what each environment shows now
+    obs: np.ndarray  # [N, D] current observations
     running_return: Tensor  # [N] discounted return of each episode in progress, for --norm-reward
     step: int = 0  # environment steps
     iteration: int = 0  # rollouts and updates
@@ -417,7 +417,7 @@ def gae(
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    (Schulman et al. 2016, sec. 3)
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
-    adv, following = [], torch.zeros_like(delta[0])  # a list, for indexing tensors takes as long as the arithmetic
+    adv, following = [], torch.zeros_like(delta[0])  # a list: indexing tensors takes as long as the arithmetic
     for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         following = delta_t + decay_t * following
@@ -426,7 +426,7 @@ def gae(
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
+    """Discounted return from each episode's start up to each step, [T, N], and the next `carry`, [N]."""
     ret = []
     for reward_t, done_t in zip(reward.unbind(), done.unbind(), strict=True):
         # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
@@ -436,7 +436,7 @@ def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -
 
 
 def standardize(x: Tensor) -> Tensor:
-    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
+    """Zero mean and unit population standard deviation: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std(correction=0) + 1e-8)
 
 
@@ -466,8 +466,8 @@ def check_finite(batch: Batch) -> None:
 
 @torch.inference_mode()
 def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
-    """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
-    in one pass over the whole batch, with the same weights."""
+    """Play T steps in every environment. Only actions are computed here; all else that the update needs is computed
+    afterwards in one pass over the batch, with the same weights."""
     obs = np.empty((args.num_steps, *state.obs.shape), np.float32)
     next_obs = np.empty_like(obs)
     action = np.empty((args.num_steps, *envs.action_space.shape), envs.action_space.dtype)
@@ -490,7 +490,7 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
 
 
 def gather(part: Any) -> list:
-    """What every process has for `part`, in every process: [size]."""
+    """All processes' `part`, by rank, in every process: [size]."""
     parts = [part] * processes()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, part)
@@ -518,7 +518,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def average_gradients(params: list[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in one message."""
+    """Replace each gradient by its mean over the processes, in one all-reduce."""
     grads, size = [p.grad for p in params], processes()[1]
     if size > 1:
         flat = nn.utils.parameters_to_vector(grads)
@@ -527,13 +527,13 @@ def average_gradients(params: list[nn.Parameter]) -> None:
 
 
 def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
-    """Leave the gradients of the loss, averaged over processes, in the parameters, no longer than --max-grad-norm.
+    """Backpropagate the loss, average the gradients over processes and clip their norm to --max-grad-norm.
     Returns what to log."""
     params = list(agent.parameters())
     loss, metrics = loss_fn(agent, mb, args)
     loss.backward()
     average_gradients(params)
-    fused = not args.compile  # or PyTorch 2.11 cannot compile it for a GPU
+    fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
     return {name: x.detach() for name, x in metrics.items()}
 
@@ -567,7 +567,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
             metrics = state.backward(agent, mb, args)
             optimizer.step()
             history.append({name: x.clone() for name, x in metrics.items()})  # CUDA graphs reuse their outputs
-    if args.norm_obs:  # not before: the policy that learns must be the one that played
+    if args.norm_obs:  # only now: the policy that learned had to be the one that played
         agent.obs_stats.update(batch.obs)
     metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
     metrics = {name: float(np.mean([m[name] for m in gather(metrics)])) for name in metrics}
@@ -604,7 +604,7 @@ def save(state: State, args: Args, run_dir: Path) -> None:
     try:
         with unfinished.open("wb") as file:
             file.write(buffer.getvalue())
-            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+            os.fsync(file.fileno())  # else a power cut could leave the new name and no content
     except OSError:
         unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
@@ -620,7 +620,7 @@ def load(state: State, args: Args) -> Path:
         if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
             raise ValueError("damaged, or packed as torch.save does not")
         with warnings.catch_warnings(action="ignore"):
-            # weights_only admits tensors and plain Python values: a stranger's file cannot run code
+            # weights_only admits tensors and plain Python values: no file can run code
             saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(saved["identity"])
     except Exception as error:  # torch.load raises a dozen kinds
@@ -701,7 +701,7 @@ class StopSignal:
 
 
 def compiled(function: Callable, args: Args) -> Callable:
-    """`function`, with --compile as fused kernels, on a GPU as a CUDA graph. The random numbers remain the same."""
+    """`function`, under --compile fused, on a GPU as a CUDA graph, with the random numbers of the original."""
     if not args.compile:
         return function
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # not in PyTorch 2.9: .backward() in the same graph
@@ -710,7 +710,7 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def solved(recent_returns: deque, args: Args) -> bool:
-    """Whether a full window of returns has the mean --target-return."""
+    """Whether a full window of returns averages --target-return or more."""
     full = len(recent_returns) == args.return_window
     return args.target_return is not None and full and sum(recent_returns) / args.return_window >= args.target_return
 
@@ -764,7 +764,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
 
 
 def pick_device(args: Args) -> torch.device:
-    """The GPU or the CPU. Under torchrun each process has its own, and they are connected."""
+    """The GPU or the CPU. Under torchrun each process has its own and joins the group."""
     found = torch.cuda.is_available()
     if args.cuda and not found:
         print("warning: --cuda: no GPU found, running on the CPU", file=sys.stderr)
@@ -783,7 +783,7 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
@@ -839,7 +839,7 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
+    """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:

@@ -15,30 +15,30 @@
 # ///
 """Vanilla policy gradient (VPG) with a learned baseline and generalised advantages, in JAX.
 
-REINFORCE weighs grad log pi of each action by the return that followed. Subtracting from that what the state was worth
-anyway keeps the gradient's mean and lowers its variance; a value network V learns this worth. With lambda < 1 it also
-stands in for rewards to come, which lowers the variance further, for some bias:
+REINFORCE weights grad log pi of each action by the return that followed. Subtracting a baseline, what the state was
+worth anyway, leaves the gradient unbiased and lowers its variance; a value network V learns it. With lambda < 1, V also
+stands in for rewards further ahead, which lowers the variance again, at some bias:
 
     grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
 
-with a squared error for the value and an entropy bonus beside it, and A_t the generalised advantage
+with a squared-error value loss and an entropy bonus added, and A_t the generalised advantage (GAE)
 
     delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                               [1, sec. 3]
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
 
-A time limit is no failure: the rest of an episode that one cuts is worth V(s'_t), where s'_t is the observation at
-the cut. Only `terminated` says that nothing follows; `done`, terminated or truncated, stops the sum. The mean over
-the steps of a batch, E_t, is REINFORCE's sum over an episode but for a constant factor, their mean length.
+A time limit is no failure: the rest of an episode that it truncates is worth V(s'_t), s'_t being the observation at
+the cut. Only `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum. E_t, the mean
+over the steps of a batch, is REINFORCE's sum over an episode divided by a constant, the mean episode length.
 
-This is the gradient at the policy that played the batch, so it holds for the first step of an update alone, the only
-one by default. Every later step uses actions and advantages of a policy that is no longer the current one; ppo_jax.py
+This is the gradient at the policy that played the batch: it holds only for the first step of an update, and one step
+is the default. Later steps would use actions and advantages of a policy that is no longer the current one; ppo_jax.py
 is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
-and a Box action. Flags are floats, 0 or 1; they and rewards belong to the outcome of step t.
+and a Box action. Booleans are floats, 0 or 1; the rewards and dones of step t follow its action.
 An environment that gymnax knows is stepped inside the compiled program, rollout and update being one function; a
 resumed run is then bit for bit the uninterrupted one. Other environments are stepped on the host, and a resumed run
 has the weights, optimiser, statistics and random state of the saved one; its episodes start afresh.
@@ -109,24 +109,24 @@ class Args:
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
     total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
-    cuda: bool = False  # use the GPU; for small networks the CPU is faster
-    shard_envs: bool = False  # spread one agent's environments over all devices; pays from some 64 on
-    async_envs: bool = False  # a process per environment, for slow environments and about as many cores
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    shard_envs: bool = False  # spread one agent's work over all devices; pays from 64 environments or so
+    async_envs: bool = False  # a process per environment: for slow ones, with about a core for each
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = bounded(50, "[0, inf)")  # iterations between checkpoints; 0: only at the end
-    resume: str | None = None  # checkpoint or run folder to go on from, under the flags given now
+    resume: str | None = None  # checkpoint or run folder to continue; flags are not restored
     eval_only: bool = False  # evaluate the checkpoint of --resume and train no further
     eval_episodes: int = bounded(10, "[0, inf)")  # episodes of the evaluation at the end
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
-    return_window: int = bounded(100, "[1, inf)")  # episodes that the mean return is taken over
-    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when that mean, of a full window, reaches this
+    return_window: int = bounded(100, "[1, inf)")  # number of episodes in the mean return
+    target_return: float | None = bounded(None, "(-inf, inf)")  # stop when a full window's mean return reaches this
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
-    anneal_lr: bool = True  # lower it linearly to zero
-    num_envs: int = bounded(8, "[1, inf)")  # environments side by side (N)
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = bounded(8, "[1, inf)")  # parallel environments (N)
     num_steps: int = bounded(64, "[1, inf)")  # steps of each environment in a batch (T)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
-    gae_lambda: float = bounded(0.99, "[0, 1]")  # weight of longer advantage estimates, 0: TD error, 1: return - value
+    gae_lambda: float = bounded(0.99, "[0, 1]")  # bias-variance trade-off of GAE, 0: TD error, 1: return - value
     num_minibatches: int = bounded(1, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(1, "[1, inf)")  # passes over each batch
     norm_adv: bool = False  # standardise the advantages of each minibatch
@@ -162,7 +162,7 @@ def plain(args: Args) -> Args:
 
 
 def check_args(args: Args) -> None:
-    """Raise ValueError, naming the flag, for values that make no run."""
+    """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
         value, interval = getattr(args, f.name), f.metadata.get("interval")
         if interval is None or value is None:
@@ -176,11 +176,11 @@ def check_args(args: Args) -> None:
     if args.total_timesteps < args.batch_size:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: less than one batch of {args.batch_size} steps")
     if args.seed + args.num_seeds > 2**32:
-        raise ValueError(f"--num-seeds {args.num_seeds}: from --seed {args.seed} on there are fewer, up to 4294967295")
+        raise ValueError(f"--num-seeds {args.num_seeds}: with --seed {args.seed} the last would be above 4294967295")
     if len(os.fsencode(args.exp_name)) > 100:  # a file system takes 255 for the whole name
         raise ValueError(f"--exp-name {args.exp_name}: longer than 100 bytes")
     if args.shard_envs and args.num_seeds > 1:
-        raise ValueError(f"--num-seeds {args.num_seeds}: these share the devices as they are, without --shard-envs")
+        raise ValueError(f"--num-seeds {args.num_seeds}: these spread over devices anyway, without --shard-envs")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -193,12 +193,12 @@ def check_args(args: Args) -> None:
 
 
 def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
-    """The space that the policy acts in and the map from there to `space`: Discrete from 0, or an unbounded Box whose
-    [-1, 1] is mapped to the bounds, what lies outside being clipped. Raises ValueError for other spaces."""
+    """The space that the policy acts in and the map from it to `space`: Discrete from 0, or an unbounded Box, of which
+    [-1, 1] is mapped to the bounds and all else is clipped to them. Raises ValueError for other spaces."""
     if isinstance(space, gym.spaces.Discrete):
         return gym.spaces.Discrete(space.n), lambda action: action + space.start
     if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(f"actions {space} are not supported, Discrete and Box of floats are")
+        raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
     low = np.where(both, space.low, -1).astype(space.dtype)
@@ -209,8 +209,8 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Tells of an exception which environment it is from, and in which of its steps. Copies the observation, which a
-    reset may write over, and drops `info`, which need not fit into one array for all environments."""
+    """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
+    overwrite, and drops `info`, which need not stack into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -222,7 +222,7 @@ class Named(gym.Wrapper):
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
-        except Exception as error:  # whatever a stranger's environment raises
+        except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
@@ -235,8 +235,8 @@ class Named(gym.Wrapper):
 
 
 def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
-    """One environment that shows a vector and acts in `action_frame`. Raises ValueError for an id that cannot be made
-    and for spaces that an MLP cannot serve."""
+    """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
+    cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
         os.setpgrp()  # Ctrl-C goes to the whole group of processes, SIGTERM may: let the main one decide
     try:
@@ -257,7 +257,7 @@ def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.
         space, to_env = action_frame(env.action_space)
         env = gym.wrappers.RecordEpisodeStatistics(Named(env, index))
         return gym.wrappers.TransformAction(env, to_env, space)
-    except Exception as error:  # whatever making a stranger's environment raises, the id is at fault
+    except Exception as error:  # third-party code may raise anything: the id is at fault
         raise ValueError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -266,7 +266,7 @@ class GymnaxEnvs:
     as in `make_envs`."""
 
     def __init__(self, args: Args, num_envs: int):
-        import gymnax  # here, for it takes seconds
+        import gymnax  # here, as it takes seconds
         from gymnax.environments.spaces import gymnax_space_to_gym_space
         from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
 
@@ -303,11 +303,11 @@ def uses_gymnax(args: Args) -> bool:
     if module:
         try:
             importlib.import_module(module)  # may register with gymnax
-        except Exception:  # whatever a stranger's module raises
+        except Exception:  # third-party code may raise anything
             return False  # Gymnasium will say what is wrong
     if args.env_backend == "gymnasium":
         return False
-    # Both registries have these; another id of Gymnasium's is known to gymnax only if a user made it so.
+    # Both registries have these; gymnax knows another Gymnasium id only if a user registered it there.
     shared = ("CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0")
     if args.env_backend == "auto" and name in gym.registry and name not in shared and "gymnax" not in sys.modules:
         return False
@@ -325,7 +325,7 @@ def make_envs(args: Args) -> Envs:
         make_env(args, render_mode=render_mode).close()
     if uses_gymnax(args):
         if args.async_envs:
-            raise ValueError("--async-envs: gymnax environments have no processes, or add --env-backend gymnasium")
+            raise ValueError("--async-envs: not for gymnax environments, unless with --env-backend gymnasium")
         try:
             return GymnaxEnvs(args, args.num_envs)
         except Exception as error:
@@ -334,15 +334,15 @@ def make_envs(args: Args) -> Envs:
         flag = "--shard-envs" if args.shard_envs else f"--num-seeds {args.num_seeds}"
         raise ValueError(f"{flag}: needs gymnax, --env-id {args.env_id} runs in gymnasium")
     env_fns, same_step = [partial(make_env, args, i) for i in range(args.num_envs)], gym.vector.AutoresetMode.SAME_STEP
-    if args.async_envs:  # spawned: JAX has threads, which no fork survives
+    if args.async_envs:  # spawned: forking is unsafe with JAX's threads
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False, context="spawn")
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=same_step, copy=False)
 
 
 def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
-    """Unrelated seeds for `count` environments that are reset at `step`: a resumed run needs no saved generators.
-    Stream 0 is for training, 1 for evaluation, 2 for whatever else."""
+    """Independent seeds for `count` environments reset at `step`, so that a resumed run needs no saved generators.
+    Stream 0 is for training, 1 for evaluation, 2 for the rest."""
     return np.random.SeedSequence(seed, spawn_key=(stream, step)).generate_state(count).tolist()
 
 
@@ -350,7 +350,7 @@ def env_seeds(seed: int, step: int, count: int, stream: int = 0) -> list[int]:
 
 
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with orthogonal weights, of gain sqrt 2 and at the end `gain`, and zero biases."""
+    """Linear layers with orthogonal weights, gain sqrt 2, in the last layer `gain`, and zero biases."""
     layers = []
     for n_out in sizes[:-1]:
         layers += [nn.Dense(n_out, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
@@ -425,7 +425,7 @@ class Agent(nn.Module):
         return out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
     def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
-        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...]; the dimensions of a Box action add up."""
+        """log pi(a|s) and the entropy of pi(.|s) in nats, both [...], summed over a Box action's dimensions."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
             logp = jax.nn.log_softmax(out)
@@ -451,12 +451,12 @@ class Batch(NamedTuple):
     """What one rollout saw: NumPy arrays where the host collects them, else JAX arrays."""
 
     obs: Array  # [T, N, D]
-    action: Array  # [T, N] or [T, N, A], as sampled: clipping is the environment's business
+    action: Array  # [T, N] or [T, N, A], as sampled: the environment clips it
     reward: Array  # [T, N]
-    next_obs: Array  # [T, N, D] the true successor: at the end of an episode its last observation, no reset
+    next_obs: Array  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
     terminated: Array  # [T, N] the task itself ended
     truncated: Array  # [T, N] a time limit cut the episode
-    step: Array  # [T] environment steps of the whole run, up to and with this row
+    step: Array  # [T] environment steps of the run so far, including this row's
     episode_return: Array  # [T, N] undiscounted return of the episode that ended here, if one did
     episode_length: Array  # [T, N] and its number of steps
 
@@ -479,9 +479,9 @@ class State(NamedTuple):
 
     variables: dict  # "params" and "stats" of the agent
     opt_state: optax.OptState
-    key: Array  # source of all random numbers, split at every use
-    env: Any  # what the environments carry on, None where they live on the host
-    obs: Array  # [N, D] what each environment shows now
+    key: Array  # PRNG key of the training, split at every use
+    env: Any  # states of the gymnax environments, None on the host
+    obs: Array  # [N, D] current observations
     running_return: Array  # [N] discounted return of each episode in progress, for --norm-reward
     step: Array  # environment steps
     iteration: Array  # rollouts and updates
@@ -518,7 +518,7 @@ def gae(
 
 
 def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
-    """Discounted return from each episode's start up to each step, [T, N], and what to carry on, [N]."""
+    """Discounted return from each episode's start up to each step, [T, N], and the next `carry`, [N]."""
 
     def forward(carry, now):
         reward_t, done_t = now
@@ -531,7 +531,7 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
 
 
 def standardize(x: Array) -> Array:
-    """Zero mean and unit deviation, the population's: the sample's is NaN for a single number."""
+    """Zero mean and unit population standard deviation: the sample's is NaN for a single number."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
@@ -560,8 +560,8 @@ def check_finite(batch: Batch) -> None:
 
 
 def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
-    """Play T steps in every environment. Only actions are computed on the way: whatever else the update needs follows
-    in one pass over the whole batch, with the same weights."""
+    """Play T steps in every environment. Only actions are computed here; all else that the update needs is computed
+    afterwards in one pass over the batch, with the same weights."""
     key, rollout_key = jax.random.split(state.key)
 
     def play(carry, key):
@@ -580,7 +580,7 @@ def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[S
 
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, args: Args) -> tuple[State, Batch]:
-    """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone on this side of it."""
+    """The same with Gymnasium: a loop in Python around the compiled `act`, with NumPy alone outside it."""
     key, rollout_key = jax.random.split(state.key)
     obs = np.empty((args.num_steps, *state.obs.shape), np.float32)
     next_obs = np.empty_like(obs)
@@ -626,7 +626,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, for it changes with the step."""
+    """Adam on clipped gradients, without the learning rate: `update` multiplies by it, as it changes with the step."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
@@ -642,10 +642,10 @@ def shuffles(key: Array, count: int, size: int) -> Array:
 
 
 def in_parts(function: Callable, combine: Callable) -> Callable:
-    """`function`, but called with many rows on a CPU it takes equal parts of them one after the other, and `combine`
-    makes one outcome of theirs, [parts, ...]. A mean of their means is the mean.
+    """`function`, but on a CPU many rows are split into equal parts that are taken one after the other, and `combine`
+    merges their outcomes, [parts, ...]. The mean of their means is the mean.
 
-    The activations of many rows do not fit into the cache, those of some hundred do, which is twice as fast.
+    Twice as fast: the activations of a few hundred rows fit into the cache, those of many do not.
     """
 
     def on_parts(data):
@@ -660,26 +660,26 @@ def in_parts(function: Callable, combine: Callable) -> Callable:
 
 
 def spread(tree: Any, specs: Any = None) -> Any:
-    """Under --shard-envs `tree` laid out over the devices, whole on each or as `specs` say. The compiler adds the
+    """`tree`, under --shard-envs replicated on the devices or split as `specs` say. The compiler adds the
     communication."""
     sharded = "envs" in jax.sharding.get_abstract_mesh().shape
     return jax.lax.with_sharding_constraint(tree, specs or jax.sharding.PartitionSpec()) if sharded else tree
 
 
 def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows; its outcomes, numbers
-    for each row, are put together, or under `mean`, whatever they are, averaged."""
+    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows. Outcomes, a number
+    per row, are concatenated; with `mean`, any tree of arrays is averaged."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
         return function(data)
     unravel = None  # from one array back to the outcome: known when `on_each` has been traced
 
     def on_each(share):
         nonlocal unravel
-        flat, unravel = ravel_pytree(function(share))  # one array, for each costs a round of messages
+        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
         return flat[None] if mean else flat
 
     cut = jax.sharding.PartitionSpec("envs")
-    # [rows], or under `mean` [devices, numbers of an outcome]
+    # [rows], or with `mean` [devices, size of an outcome]
     flat = jax.shard_map(on_each, in_specs=cut, out_specs=cut, check_vma=False)(spread(data))
     return unravel(flat.mean(0)) if mean else flat
 
@@ -722,7 +722,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
     (params, opt_state), metrics = jax.lax.scan(descend, (variables["params"], state.opt_state), rows)
     variables = variables | {"params": params}
-    if args.norm_obs:  # not before: the policy that learns must be the one that played
+    if args.norm_obs:  # only now: the policy that learned had to be the one that played
         variables = update_stats(agent, variables, "obs_stats", batch.obs)
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
@@ -751,7 +751,7 @@ def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -
     try:
         with unfinished.open("wb") as file:
             file.write(serialization.msgpack_serialize(checkpoint))
-            os.fsync(file.fileno())  # or a power failure could leave the new name and no content
+            os.fsync(file.fileno())  # else a power cut could leave the new name and no content
     except OSError:
         unfinished.unlink(missing_ok=True)  # on a full disk the log needs the room
         raise
@@ -867,7 +867,7 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
     env, obs = None, jnp.zeros((args.num_envs, agent.obs_size))
     if isinstance(envs, GymnaxEnvs):
         env, obs = envs.reset(env_key)
-    # one agent at a time: in a batch of QR decompositions, for orthogonal weights, XLA's threads can wait for ever
+    # one agent at a time: a batch of QR decompositions, for orthogonal weights, can deadlock XLA's threads
     variables = jax.custom_batching.sequential_vmap(agent.init)(params_key, obs)
     opt_state = make_optimizer(args).init(variables["params"])
     zero = jnp.zeros((), jnp.int32)
@@ -877,7 +877,7 @@ def init_state(seed: Array, agent: Agent, envs: Envs, args: Args) -> State:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays as NumPy's, whole on each host where there are several."""
+    """The arrays in NumPy, whole on each host where there are several."""
     return process_allgather(tree, tiled=True) if jax.process_count() > 1 else jax.device_get(tree)
 
 
@@ -887,24 +887,24 @@ def first(tree: Any) -> Any:
 
 
 def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Callable:
-    """Turn `function` of one agent's arrays into one of arrays with an axis of agents in front, a part on each device.
-    One agent alone runs without that axis inside, which is faster."""
+    """Turn `function` of one agent's arrays into one of arrays with a leading axis of agents, split over the devices.
+    A single agent is computed without that axis, which is faster."""
     if args.num_seeds > 1:
         spec, mesh = jax.sharding.PartitionSpec("agents"), jax.sharding.Mesh(devices, "agents")
         function = jax.vmap(function)
-        # the devices never wait for each other: no partitioner that splits arrays otherwise, no collectives
+        # the devices never wait for each other: nothing is repartitioned, no collectives between them
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
 def spread_envs(state: State) -> State:
-    """With --shard-envs the environments of the state in equal parts on the devices, the rest whole on each."""
+    """The state, under --shard-envs its environments split evenly over the devices, the rest replicated."""
     whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("envs")
     return spread(state, State(whole, whole, whole, cut, cut, cut, whole, whole))
 
 
 def largest(x: Array) -> Array:
-    """The largest number of each observation, in size: finite if all are."""
+    """The largest magnitude in each observation: finite if all are."""
     return jnp.abs(x).max(-1)
 
 
@@ -934,7 +934,7 @@ def make_train_step(
 
 
 def open_log(args: Args, run_dir: Path, step: int) -> EventFileWriter:
-    """A log for TensorBoard. Of a run that is resumed at `step`, what was logged later is void."""
+    """A log for TensorBoard. Resuming at `step` voids what was logged after it."""
     writer = EventFileWriter(str(run_dir), max_queue_size=1000)  # by default 10: training would wait for the disk
     if step:
         writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -951,7 +951,7 @@ def log(writer: EventFileWriter, scalars: list[tuple[str, float]], step: int) ->
 
 
 def solved(recent_returns: list[deque], args: Args) -> bool:
-    """Whether a full window of each agent's returns has the mean --target-return."""
+    """Whether each agent's full window of returns averages --target-return or more."""
     full = all(len(returns) == args.return_window for returns in recent_returns)
     means = (sum(returns) / args.return_window for returns in recent_returns)
     return args.target_return is not None and full and min(means) >= args.target_return
@@ -976,7 +976,7 @@ def learn(
             state, *outcome = ahead or train_step(state)
             step, iteration = step + args.batch_size, iteration + 1
             to_save = args.save_every and iteration % args.save_every == 0
-            # A compiled iteration runs while Python logs the one before it, unless that is saved or may be the last.
+            # The next compiled iteration runs while Python logs this one, unless this one is saved or may be the last.
             wait = state.env is None or to_save or stopped or args.target_return is not None or step >= args.last_step
             ahead = None if wait else train_step(state)
             batch, metrics = fetch(outcome)
@@ -1028,18 +1028,18 @@ def learn(
 
 
 def even_share(args: Args, num_devices: int) -> int:
-    """The largest number of devices, of those there are, that divides what they share."""
+    """The largest number of devices, `num_devices` at most, that divides what they share."""
     shared = math.gcd(args.num_envs, args.minibatch_size) if args.shard_envs else args.num_seeds
     return max(n for n in range(1, num_devices + 1) if shared % n == 0)
 
 
 def pick_devices(args: Args) -> list[jax.Device]:
-    """As many GPUs, or cores of the CPU as devices of their own, as can share the work evenly. JAX starts its
+    """The GPUs, or the CPU's cores as one device each, as many as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes 75 % of the GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA scatters the work of all devices over all threads: more than one per device only help where it is large
+    # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
     rows = args.num_seeds * min(args.num_envs, 128)  # more are updated `in_parts`
     large = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 > 2**19
     given = os.environ.get("NPROC")
@@ -1048,7 +1048,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)
     if args.cuda and not jax.config.jax_default_matmul_precision:
-        jax.config.update("jax_default_matmul_precision", "float32")  # or a GPU takes TF32: log-probabilities 1e-4 off
+        jax.config.update("jax_default_matmul_precision", "float32")  # by default TF32: log-probabilities 1e-4 off
     if not args.cuda:
         jax.config.update("jax_platforms", "cpu")
         with suppress(RuntimeError):  # started already
@@ -1056,7 +1056,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     try:
         devices = jax.devices(platform)
     except RuntimeError:
-        print("warning: --cuda: no GPU found, or JAX started without, running on the CPU", file=sys.stderr)
+        print("warning: --cuda: no GPU found, or JAX started without one; using the CPU", file=sys.stderr)
         devices = jax.devices("cpu")
     if given is None:
         del os.environ["NPROC"]  # processes started from this one choose for themselves
@@ -1070,7 +1070,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for what the user got wrong, before anything is written; gymnasium.error.Error for an exception
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
     of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
     when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
@@ -1133,7 +1133,7 @@ def train(args: Args) -> Result:
 
 
 def main() -> None:
-    """Run from the command line: an error becomes one line, what the user got wrong exit status 2, all else 1."""
+    """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
     except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:

@@ -23,7 +23,7 @@ JAX_ONLY = {"num_seeds", "env_backend", "shard_envs"}
 TORCH_ONLY = {"compile"}
 DIFFERENCES = {
     ("env_id", "help"): {"_jax": "any gymnax or Gymnasium id; module:Id imports the module first"},
-    ("num_envs", "help"): {"reinforce": "environments side by side, one episode of each per update (N)"},
+    ("num_envs", "help"): {"reinforce": "parallel environments, one episode of each per update (N)"},
     ("total_timesteps", "interval"): {"_jax": "[1, 2147483647]"},  # steps are counted in 32 bits
     ("exp_name", "default"): {script: script for script in sorted(SCRIPTS, key=len, reverse=True)},
     # tuned for each algorithm
