@@ -138,6 +138,8 @@ def curves(
     for panel, label in dict.fromkeys((run.panel, run.label) for run in runs):
         group = [run for run in runs if (run.panel, run.label) == (panel, label)]
         xs, mean, low, high = average(group, x, share_above)
+        if not len(xs):
+            sys.exit(f"error: the {len(group)} runs of {label} share no step: give them the same --total-timesteps")
         color, style = colors[label.removesuffix("_jax")], "--" if label.endswith("_jax") else "-"
         axes[panel].plot(xs, mean, style, color=color, label=f"{label} ({len(group)})")
         axes[panel].fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)

@@ -238,8 +238,10 @@ def main(
     """
     os.environ["TQDM_DISABLE"] = "1"  # the runs' bars; tqdm read it on import, so not this one's
     out.mkdir(parents=True, exist_ok=True)
-    tasks = []
-    for experiment in experiments(table, words):
+    tasks, chosen = [], experiments(table, words)
+    if not chosen:
+        sys.exit(f"error: no name of an experiment in {table} has one of the words {' '.join(words)}")
+    for experiment in chosen:
         seeds = range(FIRST_SEED, FIRST_SEED + experiment.seeds, experiment.seeds_per_process)
         tasks += [(experiment, seed) for seed in seeds if seed not in finished(experiment, out)]
     failed = 0
