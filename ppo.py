@@ -42,6 +42,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -82,7 +83,7 @@ def bounded(default, interval: str):
 class Args:
     """Train an agent by PPO; the log, the arguments and the checkpoint go to a new folder under runs/."""
 
-    exp_name: str = "ppo"  # name of the experiment, part of the run folder's name
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     total_timesteps: int = bounded(200_000, "[1, inf)")  # environment steps, all environments together
@@ -196,13 +197,15 @@ class Named(gym.Wrapper):
     """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
     overwrite, and drops `info`, which need not stack into one array for all environments."""
 
-    def __init__(self, env: gym.Env, index: int):
+    def __init__(self, env: gym.Env, index: int | str):
         super().__init__(env)
         self.index, self.steps, self.shape = index, 0, env.observation_space.shape
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
             obs, *outcome, _ = method(*args, **kwargs)
+            if len(outcome) not in (0, 3):
+                raise ValueError("reset must return obs, info, and step obs, reward, terminated, truncated, info")
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
@@ -210,15 +213,18 @@ class Named(gym.Wrapper):
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
-    def reset(self, **kwargs):
-        return self.ask(self.env.reset, **kwargs)
+    def reset(self, *, seed: int | None = None, **kwargs):
+        if seed is not None:  # for environments that draw from the global generators, not from one of their own
+            random.seed(seed)
+            np.random.seed(seed)
+        return self.ask(self.env.reset, seed=seed, **kwargs)
 
     def step(self, action):
         self.steps += 1
         return self.ask(self.env.step, action)
 
 
-def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Args, index: int | str = 0, render_mode: str | None = None) -> gym.Env:
     """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
     cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
@@ -506,7 +512,10 @@ def gather(part: Any) -> list:
     """All processes' `part`, by rank, in every process: [size]."""
     parts = [part] * processes()[1]
     if len(parts) > 1:
-        dist.all_gather_object(parts, part)
+        try:
+            dist.all_gather_object(parts, part)
+        except RuntimeError as error:
+            raise OSError("another process has ended") from error  # and tells why
     return parts
 
 
@@ -636,6 +645,8 @@ def load(state: State, args: Args) -> Path:
     """Fill `state` from the checkpoint of --resume and return its run folder. Raises ValueError if it does not fit."""
     path = Path(args.resume)
     path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"--resume {path}: does not exist")
     try:
         file = ZipFile(path)
         if file.testzip() or any(part.compress_type for part in file.infolist()):  # torch.load looks at no checksum
@@ -666,34 +677,32 @@ def load(state: State, args: Args) -> Path:
 
 
 def make_run_dir(args: Args) -> Path:
-    """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
+    """A new folder runs/{env_id}__{exp_name}__{seed}__{time}."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     Path("runs").mkdir(exist_ok=True)
     for run_dir in paths:
         with suppress(FileExistsError):
             run_dir.mkdir()
-            break
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
-    return run_dir
+            return run_dir
 
 
 @torch.inference_mode()
 def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
     """Undiscounted returns of `eval_episodes` whole episodes, from seeds that training never uses."""
-    env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args, "of the evaluation", "rgb_array" if args.capture_video else None)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
     returns = np.zeros(args.eval_episodes)
     for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
-        done = False
-        while not done:
+        for _ in range(100_000):  # without a time limit, the most likely actions could go round in circles for ever
             obs = torch.from_numpy(np.asarray(obs, np.float32)).to(state.device)
             action = state.agent.act(obs, greedy=not args.eval_sample).cpu().numpy()
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += reward
-            done = terminated or truncated
+            if terminated or truncated:
+                break
     env.close()
     return returns
 
@@ -747,6 +756,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None, max_queue=1000) as writer,
         tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
         while state.step < args.last_step and not solved(state.recent_returns, args) and not stopped:
             lr = learning_rate(state.step, args)
@@ -812,7 +822,7 @@ def train(args: Args) -> Result:
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
     torch.manual_seed(args.seed)
-    quiet = redirect_stdout(None if rank else sys.stdout)  # rank 0 alone speaks, and its files alone are kept
+    quiet = redirect_stdout(StringIO() if rank else sys.stdout)  # rank 0 alone speaks, and its files alone are kept
     with quiet, tempfile.TemporaryDirectory() as scratch, closing(make_envs(args)) as envs:
         agent = Agent(envs, args).to(device)
         state = State(
@@ -829,25 +839,30 @@ def train(args: Args) -> Result:
         if rank:
             run_dir = Path(scratch)
             torch.manual_seed(env_seeds(args.seed, state.step, size, stream=2)[rank])  # other actions than rank 0
-        episodes = []
-        finished = state.step >= args.last_step or solved(state.recent_returns, args)
-        if finished and not args.eval_only:
-            print(f"nothing to train: {run_dir} is finished at step {state.step}")
-            args = replace(args, eval_episodes=0)
-        elif not args.eval_only:
+        training = not args.eval_only
+        if training and (state.step >= args.last_step or solved(state.recent_returns, args)):
+            print(f"nothing to train: {run_dir} is finished at step {state.step}, --eval-only evaluates it")
+            training, args = False, replace(args, eval_episodes=0)
+        if training:
             seeds = env_seeds(args.seed, state.step, args.num_envs)
             state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
-            try:
-                episodes = learn(state, envs, args, run_dir)
-            except (FloatingPointError, gym.error.Error, OSError) as error:
-                path = run_dir / "checkpoint.pt"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise type(error)(f"{error}; {saved}") from error
 
-        eval_returns = np.zeros(0)
-        if args.eval_episodes and not rank:
-            eval_returns = evaluate(state, args, run_dir)
+        episodes, eval_returns = [], np.zeros(0)
+        try:
+            if training:
+                episodes = learn(state, envs, args, run_dir)
+            if args.eval_episodes and not rank:
+                eval_returns = evaluate(state, args, run_dir)
+                if not np.isfinite(eval_returns).all():
+                    raise FloatingPointError("a return of the evaluation is not finite")
+        except (FloatingPointError, gym.error.Error, OSError) as error:
+            if rank:
+                raise  # its folder is not kept
+            path = run_dir / "checkpoint.pt"
+            saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+            raise type(error)(f"{error}; {saved}") from error
+        if len(eval_returns):
             print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
         print(run_dir)
     return Result(
@@ -863,7 +878,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

@@ -56,6 +56,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -103,12 +104,12 @@ def bounded(default, interval: str):
 class Args:
     """Train an agent by VPG; the log, the arguments and the checkpoint go to a new folder under runs/."""
 
-    exp_name: str = "vpg_advantage_jax"  # name of the experiment, part of the run folder's name
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     env_id: str = "CartPole-v1"  # any gymnax or Gymnasium id; module:Id imports the module first
     env_backend: Literal["auto", "gymnax", "gymnasium"] = "auto"  # auto: gymnax where it has the environment
     seed: int = bounded(1, "[0, 4294967295]")  # fixes every random number
     num_seeds: int = bounded(1, "[1, inf)")  # independent agents in one program, from seed, seed + 1, ...; gymnax only
-    total_timesteps: int = bounded(300_000, "[1, 2147483647]")  # environment steps, all environments together
+    total_timesteps: int = bounded(300_000, "[1, 2000000000]")  # environment steps, all environments together
     cuda: bool = False  # use the GPU; with few environments the CPU is faster
     shard_envs: bool = False  # spread one agent's work over all devices; pays from 64 environments or so
     async_envs: bool = False  # a process per environment: for slow ones, with about a core for each
@@ -181,6 +182,9 @@ def check_args(args: Args) -> None:
         raise ValueError(f"--exp-name {args.exp_name}: longer than 100 bytes")
     if args.shard_envs and args.num_seeds > 1:
         raise ValueError(f"--num-seeds {args.num_seeds}: these spread over devices anyway, without --shard-envs")
+    hosts = [os.environ.get(f"JAX_{name}", "") for name in ("NUM_PROCESSES", "PROCESS_ID")]
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not all(map(str.isdecimal, hosts)):
+        raise ValueError("JAX_COORDINATOR_ADDRESS: needs JAX_NUM_PROCESSES and JAX_PROCESS_ID, two numbers")
     if args.eval_only and args.resume is None:
         raise ValueError("--eval-only: needs --resume PATH, the checkpoint to evaluate")
     if args.capture_video and args.num_seeds > 1:
@@ -212,13 +216,15 @@ class Named(gym.Wrapper):
     """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
     overwrite, and drops `info`, which need not stack into one array for all environments."""
 
-    def __init__(self, env: gym.Env, index: int):
+    def __init__(self, env: gym.Env, index: int | str):
         super().__init__(env)
         self.index, self.steps, self.shape = index, 0, env.observation_space.shape
 
     def ask(self, method: Callable, *args, **kwargs) -> tuple:
         try:
             obs, *outcome, _ = method(*args, **kwargs)
+            if len(outcome) not in (0, 3):
+                raise ValueError("reset must return obs, info, and step obs, reward, terminated, truncated, info")
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
             return np.array(obs), *map(float, outcome), {}
@@ -226,15 +232,18 @@ class Named(gym.Wrapper):
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
 
-    def reset(self, **kwargs):
-        return self.ask(self.env.reset, **kwargs)
+    def reset(self, *, seed: int | None = None, **kwargs):
+        if seed is not None:  # for environments that draw from the global generators, not from one of their own
+            random.seed(seed)
+            np.random.seed(seed)
+        return self.ask(self.env.reset, seed=seed, **kwargs)
 
     def step(self, action):
         self.steps += 1
         return self.ask(self.env.step, action)
 
 
-def make_env(args: Args, index: int = 0, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Args, index: int | str = 0, render_mode: str | None = None) -> gym.Env:
     """One environment with vector observations and the actions of `action_frame`. Raises ValueError for an id that
     cannot be made and for spaces that do not suit an MLP."""
     if args.async_envs and multiprocessing.current_process().daemon and os.name == "posix":
@@ -738,7 +747,7 @@ def identity(args: Args) -> dict:
     names = ("env_id", "num_envs", "num_seeds", "hidden_sizes", "activation", "norm_obs")
     backend = "gymnax" if uses_gymnax(args) else "gymnasium"
     ours = {"format": 1, "script": "vpg_advantage_jax.py", "env_backend": backend}
-    ours |= {name: getattr(args, name) for name in names}
+    ours |= {name: getattr(args, name) for name in names} | ({"seed": args.seed} if args.num_seeds > 1 else {})
     return json.loads(json.dumps(ours))  # with lists for tuples, as in the file
 
 
@@ -762,6 +771,8 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
     """State and run folder of the checkpoint of --resume. Raises ValueError if it does not fit."""
     path = Path(args.resume)
     path = path / "checkpoint.msgpack" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"--resume {path}: does not exist")
     try:
         saved = serialization.msgpack_restore(path.read_bytes())  # arrays and plain values: no code can run
         if saved["crc32"] != zlib.crc32(saved["meta"].encode() + saved["state"]):
@@ -787,16 +798,14 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
 
 
 def make_run_dir(args: Args) -> Path:
-    """A new folder runs/{env_id}__{exp_name}__{seed}__{time} that holds the arguments."""
+    """A new folder runs/{env_id}__{exp_name}__{seed}__{time}."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
     Path("runs").mkdir(exist_ok=True)
     for run_dir in paths:
         with suppress(FileExistsError):
             run_dir.mkdir()
-            break
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
-    return run_dir
+            return run_dir
 
 
 def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: Args) -> Array:
@@ -816,7 +825,7 @@ def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: 
 
 def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:
     """The same with Gymnasium, `eval_episodes` one after the other, from seeds that training never uses."""
-    env = make_env(args, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args, "of the evaluation", "rgb_array" if args.capture_video else None)
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), episode_trigger=lambda _: True)
 
@@ -828,12 +837,12 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
     returns = np.zeros(args.eval_episodes)
     for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
-        done = False
-        while not done:
+        for _ in range(100_000):  # without a time limit, the most likely actions could go round in circles for ever
             action = np.asarray(act(np.asarray(obs, np.float32), next(steps)))
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += reward
-            done = terminated or truncated
+            if terminated or truncated:
+                break
     env.close()
     return returns
 
@@ -971,6 +980,7 @@ def learn(
         closing(open_log(args, run_dir, step)) as writer,
         tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
     ):
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
         while step < args.last_step and not solved(recent_returns, args) and (ahead or not stopped):
             lr = learning_rate(step, args)
             state, *outcome = ahead or train_step(state)
@@ -1016,7 +1026,7 @@ def learn(
                 save(state, recent_returns, args, run_dir)
                 writer.flush()
             stopped = int(fetch(np.array([stop.number])).max())
-        if args.num_seeds > 1:
+        if args.num_seeds > 1 and not stopped:
             for s, mean_return in enumerate(mean_returns):
                 log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
@@ -1078,7 +1088,7 @@ def train(args: Args) -> Result:
     check_args(args)
     devices = pick_devices(args)
     here = next(device for device in devices if device.process_index == jax.process_index())
-    quiet = redirect_stdout(None if jax.process_index() else sys.stdout)  # one host speaks, its files alone are kept
+    quiet = redirect_stdout(StringIO() if jax.process_index() else sys.stdout)  # one host speaks, and keeps files
     with (
         quiet,
         tempfile.TemporaryDirectory() as scratch,
@@ -1094,35 +1104,40 @@ def train(args: Args) -> Result:
         state, run_dir = (state, None) if args.resume is None else load(state, recent_returns, args)
         step, episodes = int(fetch(state.step).min()), [[] for _ in seeds]
         run_dir = Path(scratch) if jax.process_index() else run_dir
-        finished = step >= args.last_step or solved(recent_returns, args)
-        if finished and not args.eval_only:
-            print(f"nothing to train: {run_dir} is finished at step {step}")
-            args = replace(args, eval_episodes=0)
-        elif not args.eval_only:
+        training = not args.eval_only
+        if training and (step >= args.last_step or solved(recent_returns, args)):
+            print(f"nothing to train: {run_dir} is finished at step {step}, --eval-only evaluates it")
+            training, args = False, replace(args, eval_episodes=0)
+        if training:
             if not isinstance(envs, GymnaxEnvs):
                 obs, _ = envs.reset(seed=env_seeds(args.seed, step, args.num_envs))  # new episodes, resumed or not
                 obs = jnp.asarray(obs, jnp.float32)[None]
                 state = state._replace(obs=obs, running_return=jnp.zeros_like(state.running_return))
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
             train_step = make_train_step(agent, envs, args, devices)
-            try:
-                state, episodes = learn(state, recent_returns, train_step, args, run_dir)
-            except (FloatingPointError, gym.error.Error, OSError) as error:
-                path = run_dir / "checkpoint.msgpack"
-                saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-                raise type(error)(f"{error}; {saved}") from error
 
         eval_returns = np.zeros((args.num_seeds, 0))
-        if args.eval_episodes:
-            keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.PRNGKey(seed), 2**31))(seeds)  # no training key
-            if isinstance(envs, GymnaxEnvs) and not args.capture_video:
-                play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
-                eval_returns = fetch(jax.jit(over_seeds(play, args, devices))(state.variables, np.asarray(keys)))
-            else:
-                eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
-            for seed, returns in zip(seeds, eval_returns, strict=True):
-                who = f"seed {seed}: " if args.num_seeds > 1 else ""
-                print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+        try:
+            if training:
+                state, episodes = learn(state, recent_returns, train_step, args, run_dir)
+            if args.eval_episodes:
+                keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.PRNGKey(s), 2**31))(seeds)  # no training key
+                if isinstance(envs, GymnaxEnvs) and not args.capture_video:
+                    play = partial(evaluate, agent=agent, envs=GymnaxEnvs(args, args.eval_episodes), args=args)
+                    eval_returns = fetch(jax.jit(over_seeds(play, args, devices))(state.variables, np.asarray(keys)))
+                else:
+                    eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
+                if not np.isfinite(eval_returns).all():
+                    raise FloatingPointError("a return of the evaluation is not finite")
+        except (FloatingPointError, gym.error.Error, OSError) as error:
+            if jax.process_index():
+                raise  # its folder is not kept
+            path = run_dir / "checkpoint.msgpack"
+            saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
+            raise type(error)(f"{error}; {saved}") from error
+        for seed, returns in zip(seeds, eval_returns, strict=True) if args.eval_episodes else ():
+            who = f"seed {seed}: " if args.num_seeds > 1 else ""
+            print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
         print(run_dir)
     variables = state.variables
     returns = [np.array([x for x, _ in of_seed]) for of_seed in episodes]
@@ -1136,9 +1151,12 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        status = 2 if isinstance(error, ValueError) else 1
+        if jax.distributed.is_initialized():
+            os._exit(status)  # or it would wait at the exit, for minutes, for hosts that wait for this one
+        sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
 

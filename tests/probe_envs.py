@@ -4,7 +4,9 @@ Their ids are "tests.probe_envs:OneStep-v0" and so on, for any script whose work
 repository.
 """
 
+import random
 import signal
+import sys
 from collections import defaultdict
 
 import gymnasium as gym
@@ -86,6 +88,18 @@ class Toy(gym.Env):
         return self.observation_space.sample(), reward, self.step_number == self.length, False, self.info()
 
 
+class GlobalDice(gym.Env):
+    """Draws from the generators of the modules `random` and numpy.random, whatever its seed."""
+
+    observation_space, action_space = Box(0, 1, (2,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.array([random.random(), np.random.rand()], np.float32), {}
+
+    def step(self, action):
+        return self.reset()[0], 1.0, False, False, {}
+
+
 PROBES = {
     "OneStep-v0": {"reward_fn": lambda obs, action: 1},
     "ObsReward-v0": {"reward_fn": lambda obs, action: obs, "starts": (-1.0, 1.0)},
@@ -126,6 +140,8 @@ for name, kwargs in PROBES.items():
 for name, kwargs in TOYS.items():
     gym.register(name, entry_point=Toy, max_episode_steps=50, kwargs=kwargs)
 gym.register("NoTimeLimit-v0", entry_point=Toy)
+gym.register("GlobalDice-v0", entry_point=GlobalDice, max_episode_steps=10)
+gym.register("Endless-v0", entry_point=Probe, kwargs=PROBES["OneStep-v0"] | {"length": 0})
 # Reward 1 and the same observation until a time limit: V = 1 / (1 - gamma), if the limit counts as no end.
 gym.register("Forever-v0", entry_point=Probe, max_episode_steps=5, kwargs=PROBES["OneStep-v0"] | {"length": 0})
 
@@ -142,26 +158,30 @@ class Broken(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.unlucky = seed in UNLUCKY_SEEDS
+            self.unlucky = seed in (EVALUATION_SEEDS if "evaluation" in self.how else UNLUCKY_SEEDS)
             self.steps = 0
         if self.unlucky and (self.how == "start" or (self.how == "reset" and self.steps)):
             raise OSError("the simulator\nis gone")
+        if self.how == "old":
+            return np.zeros(3, np.float32)  # as before Gymnasium
         return np.zeros(3, np.float32), {}
 
     def step(self, action):
+        sys.stdout.flush()  # as one that prints may, in every process
         self.steps += 1
         obs, reward = np.zeros(3, np.float32), 1.0
         if self.unlucky and self.steps == 2 and self.how == "nan":
             obs[1] = np.nan
         if self.unlucky and self.steps == 3:
-            if self.how == "step":
+            if self.how in ("step", "evaluation"):
                 raise ZeroDivisionError("a mass of zero")
             obs = np.zeros(4, np.float32) if self.how == "shape" else obs
-            reward = float("inf") if self.how == "reward" else reward
+            reward = float("inf") if self.how in ("reward", "evaluation-reward") else reward
         return obs, reward, self.steps % 3 == 0, False, {}
 
 
 # those of --seed 1's second environment
 UNLUCKY_SEEDS = [np.random.SeedSequence(1, spawn_key=(stream, 0)).generate_state(2)[1] for stream in (0, 2)]
-for how in ("start", "reset", "step", "nan", "shape", "reward"):
+EVALUATION_SEEDS = np.random.SeedSequence(1, spawn_key=(1, 0)).generate_state(1)
+for how in ("start", "reset", "step", "nan", "shape", "reward", "old", "evaluation", "evaluation-reward"):
     gym.register(f"Broken{how.title()}-v0", Broken, max_episode_steps=16, kwargs={"how": how})

@@ -184,6 +184,31 @@ def test_no_time_limit(script, main, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ACTOR_CRITIC)
+def test_evaluation_ends(script):
+    """Also in an environment that goes on for ever: each step's reward is 1, and its episode is cut."""
+    module = importlib.import_module(script)
+    args = module.tyro.cli(module.Args, args=f"{TINY[script]} {toy('Endless')}".split())
+    assert module.train(args).eval_returns.tolist() == [100_000]
+
+
+@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+@pytest.mark.parametrize("script", JAX)
+def test_incomplete_address_of_hosts(script, variable, main, monkeypatch, tmp_path):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(name, "1" if name != variable else "x")
+    check(*main(script, TINY[script]), "JAX_COORDINATOR_ADDRESS", variable)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_of_one_process_alone(main, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(*main("reinforce", TINY["reinforce"]), "torchrun", "one process")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_video_of_what_cannot_be_rendered(script, main, tmp_path):
     """Said at the start, not after hours of training."""
@@ -492,6 +517,8 @@ BROKEN = {
     "shape": "environment 1, its step 3: ValueError: observation of shape (4,), not (3,)",
     "nan": "obs of environment 1 not finite by step 6",
     "reward": "reward of environment 1 not finite by step 6",
+    "evaluation": "environment of the evaluation, its step 3: ZeroDivisionError: a mass of zero",
+    "evaluation-reward": "a return of the evaluation is not finite",
 }
 
 
@@ -506,4 +533,6 @@ def test_environment_that_breaks(script, how, envs, main):
     if how == "start":
         assert not Path("runs").exists()
     else:
-        assert "no checkpoint was saved" in err
+        (run_dir,) = Path("runs").iterdir()
+        left = str(run_dir / "checkpoint.") if "evaluation" in how else "no checkpoint was saved"
+        assert left in err

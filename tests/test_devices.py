@@ -106,6 +106,25 @@ def test_torchrun(script, tmp_path):
 
 
 @pytest.mark.slow
+@actor_critic
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_fault_in_one_process(script, save_every, tmp_path):
+    """The second says what happened, the first that it is alone, and which checkpoint is left."""
+    toy = ["--env-id", "tests.probe_envs:BrokenReset-v0", "--seed", "1", "--num-envs", "2", "--num-steps", "1"]
+    words = [*toy, "--total-timesteps", "640", "--num-minibatches", "1", "--save-every", str(save_every)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, ROOT / f"{script}.py", *words]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    errors = sorted(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    (run_dir,) = tmp_path.glob("runs/*")
+    left = f"the last good checkpoint is {run_dir.relative_to(tmp_path)}/checkpoint.pt"
+    left = left if save_every else "no checkpoint was saved"
+    fault = "error: environment 1, its step 3: OSError: the simulator is gone"
+    assert errors == [f"error: another process has ended; {left}", fault], done.stderr
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.slow
 def test_processes_play_different_episodes(tmp_path):
     """Neither the environments nor the actions of one process are those of the other."""
     code = (

@@ -205,6 +205,37 @@ def test_seeds_share_the_hosts(script, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fault_on_one_host(script, tmp_path):
+    """A full disk of the first host ends both processes at once, and not after JAX's five minutes."""
+    code = f"""
+import errno, os, sys
+import {script} as module
+calls, fsync = [], os.fsync
+def full(*args):
+    calls.append(args)
+    if len(calls) > 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return fsync(*args)
+os.fsync = full if os.environ["JAX_PROCESS_ID"] == "0" else fsync
+sys.argv[1:] = "--num-seeds 4 --num-envs 4 --total-timesteps 1000000 --hidden-sizes 8 --save-every 2".split()
+module.main()
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = []
+    for rank in ("0", "1"):
+        environ = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": rank}
+        words = [sys.executable, "-c", code]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        hosts.append(subprocess.Popen(words, env=environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, **pipes))
+    errors = [host.communicate(timeout=120)[1] for host in hosts]
+    assert hosts[0].returncode == 1 and hosts[1].returncode != 0
+    assert "No space left on device; the last good checkpoint is runs/" in errors[0] and "Traceback" not in errors[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_environments_share_the_devices(script):
     """--shard-envs: one agent with three of its six environments on each of two devices is what it is on one, and its
@@ -364,6 +395,8 @@ def test_log_and_evaluation_of_many_seeds(script, capsys):
     again = module.train(small_args(module, seed=7, num_seeds=3, resume=str(result.run_dir), eval_only=True))
     np.testing.assert_array_equal(result.eval_returns, again.eval_returns)
     assert again.eval_returns.shape == (3, 2)
+    with pytest.raises(ValueError, match="its seed is 7, this run's is 8"):  # it would take the agents for others
+        module.train(small_args(module, seed=8, num_seeds=3, resume=str(result.run_dir), eval_only=True))
     assert capsys.readouterr().out == first
 
 

@@ -24,6 +24,7 @@ each_jax_script = pytest.mark.parametrize("script", JAX_SCRIPTS)
         ("Start", 0, "environment 7, its step 0: OSError: the simulator is gone"),
         ("Step", 3, "environment 7, its step 3: ZeroDivisionError: a mass of zero"),
         ("Shape", 3, r"environment 7, its step 3: ValueError: observation of shape \(4,\), not \(3,\)"),
+        ("Old", 0, "environment 7, its step 0: ValueError: reset must return obs, info, and step obs, reward, .*"),
     ],
 )
 def test_named(script, how, steps, says):
@@ -98,7 +99,7 @@ def test_load_refuses(script, tmp_path):
             module.load(state, [[]], args)
 
     ours = module.identity(args)
-    refused("not a readable checkpoint")  # there is none
+    refused("does not exist")
     path.write_bytes(b"\x93not a checkpoint")
     refused("not a readable checkpoint")
     write(ours, {"x": np.ones(3, np.float32)}, damage=1)

@@ -273,6 +273,24 @@ def test_one_seed_one_result(script, finished):
 
 
 @each_script
+def test_one_seed_for_global_generators(script):
+    """Environments that draw from `random` and numpy.random are seeded too, each with a seed of its own."""
+    first, again = (run(script, env_id=toy("GlobalDice"), total_timesteps=128, eval_episodes=1) for _ in range(2))
+    assert same(first.agent, again.agent)
+    module = importlib.import_module(script)
+    env = module.make_env(module.Args(env_id=toy("GlobalDice")))
+    one, two, other = (env.reset(seed=seed)[0] for seed in (3, 3, 4))
+    assert np.array_equal(one, two) and not np.isclose(one, other).any()
+
+
+@each_script
+def test_id_without_a_version(script):
+    with pytest.warns(UserWarning, match="latest version"):
+        result = run(script, env_id="Acrobot", total_timesteps=128, max_episode_steps=20, eval_episodes=1)
+    assert len(result.eval_returns) == 1
+
+
+@each_script
 def test_plumbing_changes_nothing(script, finished, monkeypatch):
     """Nor do the numbers depend on how often is saved, on the evaluation, on the progress bar or on the log."""
     expected = finished(script).result.agent
@@ -539,6 +557,7 @@ def test_called_with_a_path_and_numpy_numbers(script, finished, tmp_path):
     more = np.int64(settings(script)["total_timesteps"] + 256)
     result = run(script, resume=run_dir, total_timesteps=more, learning_rate=np.float32(1e-3))
     assert result.run_dir == run_dir and len(result.episode_steps)
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == more
     run(script, resume=str(run_dir), eval_only=True)  # what it saved can be read
     fresh = run(script, seed=np.arange(3)[2], hidden_sizes=(np.int64(8),))
     flags = json.loads((fresh.run_dir / "args.json").read_text())

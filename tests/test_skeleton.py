@@ -18,14 +18,13 @@ SOURCE = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 TREE = {script: ast.parse(source) for script, source in SOURCE.items()}
 
 # Flags of one framework alone, and what is meant to differ in a flag that several scripts have: (flag, property) ->
-# part of a script's name -> what it is there. The rest have to agree among themselves. --exp-name is the script's name.
+# part of a script's name -> what it is there. The rest have to agree among themselves.
 JAX_ONLY = {"num_seeds", "env_backend", "shard_envs"}
 TORCH_ONLY = {"compile"}
 DIFFERENCES = {
     ("env_id", "help"): {"_jax": "any gymnax or Gymnasium id; module:Id imports the module first"},
     ("num_envs", "help"): {"reinforce": "parallel environments, one episode of each per update (N)"},
-    ("total_timesteps", "interval"): {"_jax": "[1, 2147483647]"},  # steps are counted in 32 bits
-    ("exp_name", "default"): {script: script for script in sorted(SCRIPTS, key=len, reverse=True)},
+    ("total_timesteps", "interval"): {"_jax": "[1, 2000000000]"},  # steps are counted in 32 bits
     # tuned for each algorithm
     ("total_timesteps", "default"): {"ppo": 200_000},
     ("learning_rate", "default"): {"ppo": 1.5e-3},
@@ -81,9 +80,10 @@ def flags(script: str) -> dict[str, dict]:
     for node in args.body:
         if isinstance(node, ast.AnnAssign):
             values = node.value.args if isinstance(node.value, ast.Call) else [node.value, ast.Constant(None)]
-            found[node.target.id] = {
+            name = node.target.id
+            found[name] = {
                 "annotation": ast.unparse(node.annotation),
-                "default": ast.literal_eval(values[0]),
+                "default": ast.unparse(values[0]) if name == "exp_name" else ast.literal_eval(values[0]),
                 "interval": ast.literal_eval(values[1]),
                 "help": comments[node.lineno].string.removeprefix("# "),
             }
