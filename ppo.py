@@ -15,18 +15,18 @@ The policy gradient of vpg_advantage.py is valid only for the policy that played
 about one step. PPO takes many, on a surrogate that gains nothing from moving the probability ratio r_t further than
 eps from 1:
 
-    maximise  E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ],   r_t = pi(a_t|s_t) / pi_old(a_t|s_t)    [1, eq. 7]
+    maximise  E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ],   r_t = pi(a_t|s_t) / pi_old(a_t|s_t)    [2, eq. 7]
 
-with a squared-error value loss and an entropy bonus added [1, eq. 9], and A_t the generalised advantage (GAE)
+with a squared-error value loss and an entropy bonus added [2, eq. 9], and A_t the generalised advantage (GAE)
 
-    delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                               [1, eq. 12]
-    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                        [1, eq. 11; 2, eq. 16]
+    delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                     [1, sec. 3; 2, eq. 12]
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                         [1, eq. 16; 2, eq. 11]
 
 A time limit is no failure: the rest of an episode that it truncates is worth V(s'_t), s'_t being the observation at
 the cut. Only `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum.
 
-[1] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-[2] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: time comes first. T = num_steps, N = num_envs, M = minibatch_size; D and A are the sizes of an observation
 and a Box action. Booleans are floats, 0 or 1; the rewards and dones of step t follow its action.
@@ -300,7 +300,8 @@ class RunningMeanStd(nn.Module):
         """x: [..., size]."""
         x = x.flatten(0, -2)
         delta, total = x.mean(0) - self.mean, self.count + len(x)
-        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        squares = self.var * self.count + x.var(0, correction=0) * len(x)
+        squares += delta * (self.count * len(x) / total) * delta  # in this order 0 at first, however large delta is
         self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
         self.count.copy_(total)

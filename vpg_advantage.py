@@ -19,8 +19,8 @@ stands in for rewards further ahead, which lowers the variance again, at some bi
 
 with a squared-error value loss and an entropy bonus added, and A_t the generalised advantage (GAE)
 
-    delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                               [1, sec. 3]
-    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                                   [1, eq. 16]
+    delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)                                     [1, sec. 3; 2, eq. 12]
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1}                                         [1, eq. 16; 2, eq. 11]
 
 A time limit is no failure: the rest of an episode that it truncates is worth V(s'_t), s'_t being the observation at
 the cut. Only `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum. E_t, the mean
@@ -303,7 +303,8 @@ class RunningMeanStd(nn.Module):
         """x: [..., size]."""
         x = x.flatten(0, -2)
         delta, total = x.mean(0) - self.mean, self.count + len(x)
-        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        squares = self.var * self.count + x.var(0, correction=0) * len(x)
+        squares += delta * (self.count * len(x) / total) * delta  # in this order 0 at first, however large delta is
         self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
