@@ -954,7 +954,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
         if jax.distributed.is_initialized():
-            os._exit(status)  # or it would wait at the exit, for minutes, for hosts that wait for this one
+            os._exit(status)  # else the exit would wait, for minutes, for hosts that wait for this one
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
