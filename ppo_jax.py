@@ -115,9 +115,9 @@ class Args:
     eval_sample: bool = False  # evaluate with sampled actions, not the most likely ones
     return_window: int = bounded(100, "[1, inf)")  # number of episodes in the mean return
     target_return: float | None = bounded(None, "(-inf, inf)")  # stop when a full window's mean return reaches this
-    learning_rate: float = bounded(1.5e-3, "(0, inf)")  # step size of Adam
+    learning_rate: float = bounded(2e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    num_envs: int = bounded(4, "[1, inf)")  # parallel environments (N)
+    num_envs: int = bounded(8, "[1, inf)")  # parallel environments (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
     max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor

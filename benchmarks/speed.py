@@ -338,16 +338,12 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
     a2c = {"library": "stable_baselines3", "algorithm": "A2C", "steps": 60_000, "num_envs": 8, "n_steps": 64}
     vpg = {"script": "vpg_advantage", "total_timesteps": 200_000, "eval_episodes": 0, "save_every": 0}
     solve = {"script": "ppo", "target_return": 475, "eval_episodes": 0}
-    larger = solve | {"num_envs": 8, "learning_rate": 2e-3}  # batches twice as large, half as many updates
     found = {
         "ppo.py / stable-baselines3": Pair((ours, ppo), (sb3, stable)),
         "ppo.py --compile / stable-baselines3": Pair((ours, ppo | {"compile": True}), (sb3, stable)),
         "vpg_advantage.py / stable-baselines3 A2C": Pair((ours, vpg), (sb3, a2c)),
         "ppo_jax.py --env-backend gymnasium / sbx": Pair((ours, host), (sb3, stable | {"library": "sbx"})),
         "time to solve: ppo.py / stable-baselines3": Pair((ours, solve), (sb3, zoo), 1, "total"),
-        "time to solve: ppo.py --num-envs 8 --learning-rate 2e-3 / stable-baselines3": Pair(
-            (ours, larger), (sb3, zoo), 1, "total"
-        ),
         "time to solve: ppo_jax.py / stable-baselines3": Pair(
             (ours, solve | {"script": "ppo_jax"}), (sb3, zoo), 2, "total"
         ),

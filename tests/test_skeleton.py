@@ -27,8 +27,7 @@ DIFFERENCES = {
     ("total_timesteps", "interval"): {"_jax": "[1, 2000000000]"},  # steps are counted in 32 bits
     # tuned for each algorithm
     ("total_timesteps", "default"): {"ppo": 200_000},
-    ("learning_rate", "default"): {"ppo": 1.5e-3},
-    ("num_envs", "default"): {"ppo": 4},
+    ("learning_rate", "default"): {"ppo": 2e-3},
     ("num_steps", "default"): {"ppo": 128},
     ("gamma", "default"): {"ppo": 0.98},
     ("gae_lambda", "default"): {"ppo": 0.9},
