@@ -22,12 +22,13 @@ from benchmarks import plot, run, table
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "benchmarks"
-TABLE = """
+TABLE = '''
 [walk]
 shows = "Tiny walks."
 why = "To be fast."
 scripts = ["ppo"]
-flags = "--env-id envs.point_target:PointTarget-v0 --total-timesteps 2560 --eval-episodes 12 --hidden-sizes 8"
+flags = """--env-id envs.point_target:PointTarget-v0 --total-timesteps 2560 --num-envs 4 --eval-episodes 12 \\
+--hidden-sizes 8"""
 seeds = 2
 keep = "play"
 
@@ -41,7 +42,7 @@ threshold = 15
 collapse = 1
 pass_mark = 5
 keep = "episodes"
-"""
+'''
 
 
 def tool(name, *arguments, check=True):
