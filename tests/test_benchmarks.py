@@ -201,7 +201,7 @@ flags = "--env-id Nothing-v0"
 seeds = 1
 [good]
 scripts = ["ppo"]
-flags = "--total-timesteps 512 --eval-episodes 0 --hidden-sizes 8"
+flags = "--total-timesteps 512 --num-envs 4 --eval-episodes 0 --hidden-sizes 8"
 seeds = 1
 """)
     process = tool("run", "--table", "table.toml", "--out", "results", check=False)

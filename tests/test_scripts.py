@@ -285,8 +285,9 @@ def test_one_seed_for_global_generators(script):
 
 @each_script
 def test_id_without_a_version(script):
+    flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
     with pytest.warns(UserWarning, match="latest version"):
-        result = run(script, env_id="Acrobot", total_timesteps=128, max_episode_steps=20, eval_episodes=1)
+        result = run(script, env_id="Acrobot", total_timesteps=128, max_episode_steps=20, eval_episodes=1, **flags)
     assert len(result.eval_returns) == 1
 
 
