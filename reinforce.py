@@ -634,9 +634,9 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
-    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
-    when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception of an
+    environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit, when
+    all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     args = plain(args)
     check_args(args)

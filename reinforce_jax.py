@@ -565,9 +565,10 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 def identity(args: Args) -> dict:
     """What a checkpoint must share with the run that loads it."""
     names = ("env_id", "num_seeds", "hidden_sizes", "activation", "temperature")
+    names += ("seed",) if args.num_seeds > 1 else ()  # by which the agents are told apart
     backend = "gymnax" if uses_gymnax(args) else "gymnasium"
     ours = {"format": 1, "script": "reinforce_jax.py", "env_backend": backend}
-    ours |= {name: getattr(args, name) for name in names} | ({"seed": args.seed} if args.num_seeds > 1 else {})
+    ours |= {name: getattr(args, name) for name in names}
     return json.loads(json.dumps(ours))  # with lists for tuples, as in the file
 
 
@@ -887,9 +888,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
-    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
-    when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception of an
+    environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit, when
+    all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     args = plain(args)
     check_args(args)

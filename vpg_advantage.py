@@ -304,7 +304,7 @@ class RunningMeanStd(nn.Module):
         x = x.flatten(0, -2)
         delta, total = x.mean(0) - self.mean, self.count + len(x)
         squares = self.var * self.count + x.var(0, correction=0) * len(x)
-        squares += delta * (self.count * len(x) / total) * delta  # in this order 0 at first, however large delta is
+        squares += delta * (self.count * len(x) / total) * delta  # in this order 0 at first, for huge deltas too
         self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
@@ -794,9 +794,9 @@ def pick_device(args: Args) -> torch.device:
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception
-    of an environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit,
-    when all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception of an
+    environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit, when
+    all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     args = plain(args)
     check_args(args)
