@@ -65,7 +65,7 @@ from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import jax
@@ -131,20 +131,24 @@ class Args:
 
 def plain(args: Args) -> Args:
     """The same flags in Python's own types: a caller may have given NumPy's numbers, or a Path to resume from."""
-    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
-    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"])})
+    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
+    return Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
 
 
 def check_args(args: Args) -> None:
     """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
-        value, interval = getattr(args, f.name), f.metadata.get("interval")
+        flag, value, interval = f"--{f.name.replace('_', '-')}", getattr(args, f.name), f.metadata.get("interval")
+        values = value if isinstance(value, tuple) else (value,)
+        kinds = get_args(f.type) or (f.type,)  # such as (int,), (float, NoneType), or the values of a Literal
+        if not all(x in kinds or type(x) in kinds or (type(x) is int and float in kinds) for x in values):
+            raise ValueError(f"{flag} {value!r}: must be {f.type}")
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
-        for x in value if isinstance(value, tuple) else (value,):
+        for x in values:
             if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
-                raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+                raise ValueError(f"{flag} {x}: must lie in {interval}")
     if args.seed + args.num_seeds > 2**32:
         raise ValueError(f"--num-seeds {args.num_seeds}: with --seed {args.seed} the last would be above 4294967295")
     if len(os.fsencode(args.exp_name)) > 100:  # a file system takes 255 for the whole name
@@ -195,7 +199,7 @@ class Named(gym.Wrapper):
                 raise ValueError("reset must return obs, info, and step obs, reward, terminated, truncated, info")
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            return np.array(obs), *map(float, outcome), {}
+            return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error

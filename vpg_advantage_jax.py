@@ -72,7 +72,7 @@ from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import jax
@@ -158,20 +158,24 @@ class Args:
 
 def plain(args: Args) -> Args:
     """The same flags in Python's own types: a caller may have given NumPy's numbers, or a Path to resume from."""
-    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
-    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"])})
+    flags = json.loads(json.dumps(asdict(args), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
+    return Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()})
 
 
 def check_args(args: Args) -> None:
     """Raise ValueError, naming the flag, for values that cannot work."""
     for f in fields(args):
-        value, interval = getattr(args, f.name), f.metadata.get("interval")
+        flag, value, interval = f"--{f.name.replace('_', '-')}", getattr(args, f.name), f.metadata.get("interval")
+        values = value if isinstance(value, tuple) else (value,)
+        kinds = get_args(f.type) or (f.type,)  # such as (int,), (float, NoneType), or the values of a Literal
+        if not all(x in kinds or type(x) in kinds or (type(x) is int and float in kinds) for x in values):
+            raise ValueError(f"{flag} {value!r}: must be {f.type}")
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
-        for x in value if isinstance(value, tuple) else (value,):
+        for x in values:
             if not (low < x < high or (x == low and interval[0] == "[") or (x == high and interval[-1] == "]")):
-                raise ValueError(f"--{f.name.replace('_', '-')} {x}: must lie in {interval}")
+                raise ValueError(f"{flag} {x}: must lie in {interval}")
     if args.batch_size % args.num_minibatches:
         raise ValueError(f"--num-minibatches {args.num_minibatches}: must divide the batch of {args.batch_size} steps")
     if args.total_timesteps < args.batch_size:
@@ -227,7 +231,7 @@ class Named(gym.Wrapper):
                 raise ValueError("reset must return obs, info, and step obs, reward, terminated, truncated, info")
             if np.shape(obs) != self.shape:
                 raise ValueError(f"observation of shape {np.shape(obs)}, not {self.shape}")
-            return np.array(obs), *map(float, outcome), {}
+            return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
@@ -386,7 +390,7 @@ class RunningMeanStd(nn.Module):
         x = x.reshape(-1, self.size)
         delta, total = x.mean(0) - self.mean.value, self.count.value + len(x)
         squares = self.var.value * self.count.value + x.var(0) * len(x)
-        squares += delta * (self.count.value * len(x) / total) * delta  # in this order 0 at first, for huge deltas too
+        squares += delta**2 * self.count.value * len(x) / total
         self.mean.value += delta * len(x) / total
         self.var.value = squares / total
         self.count.value = total

@@ -177,6 +177,28 @@ def test_words_that_make_no_arguments(script, words, text, main, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+WRONG_TYPES = [
+    ("activation", "Tanh", "['tanh', 'relu']"),
+    ("capture_video", "False", "bool"),
+    ("anneal_lr", 0, "bool"),
+    ("learning_rate", "3e-4", "float"),  # as YAML reads it
+    ("target_return", "500", "float | None"),
+    ("num_envs", 8.0, "int"),
+    ("seed", None, "int"),
+    ("hidden_sizes", (64, 32.5), "tuple[int, ...]"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("name", "value", "kind"), WRONG_TYPES)
+def test_wrong_types_from_python(script, name, value, kind, tmp_path):
+    """They do not come from the command line, where tyro sees to it, but from a notebook or a sweep."""
+    module = importlib.import_module(script)
+    with pytest.raises(ValueError, match=re.escape(f"--{name.replace('_', '-')} {value!r}: must be ")) as error:
+        module.train(module.Args(**{name: value}))
+    assert kind in str(error.value) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script", REINFORCE)
 def test_no_time_limit(script, main, tmp_path):
     words = TINY[script].replace("--max-episode-steps 16", toy("NoTimeLimit"))

@@ -39,6 +39,17 @@ def test_named(script, how, steps, says):
 
 
 @each_script
+def test_make_env_keeps_gymnasiums_types(script):
+    """One's own loop may ask `terminated is True` or `~truncated`, whatever numbers the environment gave."""
+    module = importlib.import_module(script)
+    env = module.make_env(module.Args(env_id="CartPole-v1", max_episode_steps=1))
+    obs, info = env.reset(seed=0)
+    assert isinstance(obs, np.ndarray) and info == {}
+    _, reward, terminated, truncated, _ = env.step(0)
+    assert isinstance(reward, float) and terminated is False and truncated is True
+
+
+@each_script
 @pytest.mark.parametrize("name", ["obs", "reward"])
 def test_check_finite(script, name):
     """The first number that is none, of the batch [T = 3, N = 2]: its quantity, environment and step."""

@@ -563,6 +563,8 @@ def test_called_with_a_path_and_numpy_numbers(script, finished, tmp_path):
     fresh = run(script, seed=np.arange(3)[2], hidden_sizes=(np.int64(8),))
     flags = json.loads((fresh.run_dir / "args.json").read_text())
     assert (flags["seed"], flags["hidden_sizes"]) == (2, [8])
+    for same_sizes in ([8], np.array([8])):  # a list, as in args.json
+        assert same(run(script, seed=2, hidden_sizes=same_sizes).agent, fresh.agent)
 
 
 @each_script
