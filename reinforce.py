@@ -514,11 +514,10 @@ def load(state: State, args: Args) -> Path:
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time}."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
-    Path("runs").mkdir(exist_ok=True)
-    for run_dir in paths:
+    for i in itertools.count(1):
         with suppress(FileExistsError):
-            run_dir.mkdir()
+            run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
+            run_dir.mkdir(parents=True)
             return run_dir
 
 
@@ -679,13 +678,8 @@ def train(args: Args) -> Result:
         if len(eval_returns):
             print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
         print(run_dir)
-    return Result(
-        agent=agent,
-        episode_returns=np.array([x for x, _ in episodes]),
-        episode_steps=np.array([step for _, step in episodes], dtype=int),
-        eval_returns=eval_returns,
-        run_dir=run_dir,
-    )
+    episode_returns, episode_steps = np.array(episodes).reshape(-1, 2).T
+    return Result(agent, episode_returns, episode_steps.astype(int), eval_returns, run_dir)
 
 
 def main() -> None:

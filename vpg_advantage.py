@@ -53,18 +53,18 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO, StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 from zipfile import ZipFile
 
@@ -263,7 +263,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     for render_mode in (None, "rgb_array") if args.capture_video else ():  # as the evaluation will
         make_env(args, render_mode=render_mode).close()
     (rank, size), same_step = processes(), gym.vector.AutoresetMode.SAME_STEP
-    own = range(rank * args.num_envs // size, (rank + 1) * args.num_envs // size)
+    own = np.array_split(range(args.num_envs), size)[rank]
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     if args.async_envs:
         gym.logger.min_level = gym.logger.ERROR + 1  # it prints exceptions of workers, which come back anyway
@@ -530,25 +530,24 @@ def learning_rate(step: int, args: Args) -> float:
     return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
 
 
-def average_gradients(params: list[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in one all-reduce."""
-    grads, size = [p.grad for p in params], processes()[1]
-    if size > 1:
-        flat = nn.utils.parameters_to_vector(grads)
+def average(tensors: list[Tensor]) -> None:
+    """Replace each by its mean over the processes, in one all-reduce."""
+    if processes()[1] > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / size, grads)
+        nn.utils.vector_to_parameters(flat / processes()[1], tensors)
 
 
 def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
-    """Backpropagate the loss, average the gradients over processes and clip their norm to --max-grad-norm.
-    Returns what to log."""
+    """Backpropagate the loss and clip the gradients' norm to --max-grad-norm. Returns what to log."""
     params = list(agent.parameters())
     loss, metrics = loss_fn(agent, mb, args)
     loss.backward()
-    average_gradients(params)
+    metrics = {name: x.detach() for name, x in metrics.items()}
+    average([p.grad for p in params] + list(metrics.values()))
     fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
-    return {name: x.detach() for name, x in metrics.items()}
+    return metrics
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
@@ -569,9 +568,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
     history = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size, device=state.device)
-        if size > 1:
-            dist.broadcast(order, 0)
+        order = gather(torch.randperm(args.batch_size, device=state.device))[0].to(state.device)  # rank 0's, for all
         for rows in order.split(args.minibatch_size):
             mb = Minibatch(*(x[rows] for x in data))
             mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
@@ -583,7 +580,6 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     if args.norm_obs:  # only now: the policy that learned had to be the one that played
         agent.obs_stats.update(batch.obs)
     metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
-    metrics = {name: float(np.mean([m[name] for m in gather(metrics)])) for name in metrics}
     metrics["explained_variance"] = 1 - ((ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)).item()
     state.step, state.iteration = int(batch.step[-1]), state.iteration + 1
     return state, metrics
@@ -661,11 +657,10 @@ def load(state: State, args: Args) -> Path:
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time}."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
-    Path("runs").mkdir(exist_ok=True)
-    for run_dir in paths:
+    for i in itertools.count(1):
         with suppress(FileExistsError):
-            run_dir.mkdir()
+            run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
+            run_dir.mkdir(parents=True)
             return run_dir
 
 
@@ -729,18 +724,17 @@ def solved(recent_returns: deque, args: Args) -> bool:
 
 def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -> list[tuple[float, int]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    episodes, stopped = [], 0
-    hidden = StringIO() if processes()[0] else None  # the progress of rank 0 is that of all
+    episodes = []
     start, first_step = time.perf_counter(), state.step
     with (
         StopSignal() as stop,
         # with the default queue, 10 events, training would wait for the disk
         SummaryWriter(str(run_dir), purge_step=state.step + 1 if state.step else None, max_queue=1000) as writer,
-        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5, file=hidden) as bar,
+        tqdm(total=args.last_step, initial=state.step, unit=" steps", mininterval=0.5) as bar,
     ):
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
         writer.add_text("arguments", json.dumps(asdict(args)), state.step)
-        while state.step < args.last_step and not solved(state.recent_returns, args) and not stopped:
+        while state.step < args.last_step and not solved(state.recent_returns, args) and not any(gather(stop.number)):
             lr = learning_rate(state.step, args)
             state, batch = rollout(state, envs, args)
             parts = zip(*gather(batch), strict=True)  # from here on every process has the same batch
@@ -767,11 +761,10 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
             if args.save_every and state.iteration % args.save_every == 0:
                 save(state, args, run_dir)
                 writer.flush()
-            stopped = max(gather(stop.number))
         save(state, args, run_dir)
-        stopped = max(gather(stop.number))  # by a signal that came since, too
+        stopped = max(gather(stop.number))
     if stopped:
-        print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
 
@@ -804,8 +797,8 @@ def train(args: Args) -> Result:
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
     torch.manual_seed(args.seed)
-    quiet = redirect_stdout(StringIO() if rank else sys.stdout)  # rank 0 alone speaks, and its files alone are kept
-    with quiet, tempfile.TemporaryDirectory() as scratch, closing(make_envs(args)) as envs:
+    out, err = (StringIO(), StringIO()) if rank else (sys.stdout, sys.stderr)  # rank 0 alone speaks, and keeps files
+    with redirect_stdout(out), redirect_stderr(err), TemporaryDirectory() as scratch, closing(make_envs(args)) as envs:
         agent = Agent(envs, args).to(device)
         state = State(
             agent=agent,
@@ -826,8 +819,8 @@ def train(args: Args) -> Result:
             print(f"nothing to train: {run_dir} is finished at step {state.step}, --eval-only evaluates it")
             training, args = False, replace(args, eval_episodes=0)
         if training:
-            seeds = env_seeds(args.seed, state.step, args.num_envs)
-            state.obs, _ = envs.reset(seed=seeds[rank * envs.num_envs :][: envs.num_envs])
+            seeds = np.array_split(env_seeds(args.seed, state.step, args.num_envs), size)[rank]
+            state.obs, _ = envs.reset(seed=seeds.tolist())
             run_dir = run_dir or make_run_dir(args)  # not before: environments that cannot start leave nothing behind
 
         episodes, eval_returns = [], np.zeros(0)
@@ -847,13 +840,8 @@ def train(args: Args) -> Result:
         if len(eval_returns):
             print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
         print(run_dir)
-    return Result(
-        agent=agent,
-        episode_returns=np.array([x for x, _ in episodes]),
-        episode_steps=np.array([step for _, step in episodes], dtype=int),
-        eval_returns=eval_returns,
-        run_dir=run_dir,
-    )
+    episode_returns, episode_steps = np.array(episodes).reshape(-1, 2).T
+    return Result(agent, episode_returns, episode_steps.astype(int), eval_returns, run_dir)
 
 
 def main() -> None:

@@ -60,18 +60,18 @@ import random
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, nullcontext, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium as gym
@@ -87,9 +87,8 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.flatten_util import ravel_pytree
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.metadata import create_summary_metadata
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from tensorboard.util.tensor_util import make_tensor_proto
 from tqdm import tqdm
 
 # ===================================================== Arguments ======================================================
@@ -564,12 +563,12 @@ def value_loss(value: Array, ret: Array) -> Array:
 
 
 def check_finite(batch: Batch) -> None:
-    """Raise FloatingPointError for a batch of the host whose observations or rewards are not all finite."""
+    """Raise FloatingPointError for batches, [S, T, N, ...], whose observations or rewards are not all finite."""
     for name in ("obs", "reward", "next_obs"):
         bad = np.argwhere(~np.isfinite(getattr(batch, name)))
         if len(bad):
-            t, n, *_ = bad[0]
-            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
+            s, t, n, *_ = bad[0]
+            raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[s, t]}")
 
 
 def rollout(state: State, agent: Agent, envs: GymnaxEnvs, args: Args) -> tuple[State, Batch]:
@@ -613,7 +612,6 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
             episode_length[t] = info["final_info"]["episode"]["l"]
     step = int(state.step) + args.num_envs * np.arange(1, args.num_steps + 1, dtype=np.int32)
     batch = Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
-    check_finite(batch)
     return state._replace(key=key, obs=np.array(current, np.float32)), batch
 
 
@@ -805,11 +803,10 @@ def load(state: State, recent_returns: list[deque], args: Args) -> tuple[State, 
 def make_run_dir(args: Args) -> Path:
     """A new folder runs/{env_id}__{exp_name}__{seed}__{time}."""
     name = re.sub(r"[^\w.+=-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    paths = itertools.chain([Path("runs", name)], (Path("runs", f"{name}-{i}") for i in itertools.count(2)))
-    Path("runs").mkdir(exist_ok=True)
-    for run_dir in paths:
+    for i in itertools.count(1):
         with suppress(FileExistsError):
-            run_dir.mkdir()
+            run_dir = Path("runs", name if i == 1 else f"{name}-{i}")
+            run_dir.mkdir(parents=True)
             return run_dir
 
 
@@ -952,9 +949,8 @@ def open_log(args: Args, run_dir: Path, step: int) -> EventFileWriter:
     writer = EventFileWriter(str(run_dir), max_queue_size=1000)  # by default 10: training would wait for the disk
     if step:
         writer.add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-    text = {"metadata": create_summary_metadata("", ""), "tensor": make_tensor_proto(json.dumps(asdict(args)))}
-    values = [Summary.Value(tag="arguments/text_summary", **text)]  # as SummaryWriter.add_text names it
-    writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+    text = text_pb("arguments/text_summary", json.dumps(asdict(args)))  # as SummaryWriter.add_text names it
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=text))
     return writer
 
 
@@ -977,13 +973,12 @@ def learn(
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
     step, iteration = (int(fetch(x).min()) for x in (state.step, state.iteration))
-    first_step, ahead = step, None
-    stopped, hidden = 0, StringIO() if jax.process_index() else None  # the progress of one host is that of all
+    first_step, ahead, stopped = step, None, 0
     start = time.perf_counter()
     with (
         StopSignal() as stop,
         closing(open_log(args, run_dir, step)) as writer,
-        tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5, file=hidden) as bar,
+        tqdm(total=args.last_step, initial=step, unit=" steps", mininterval=0.5) as bar,
     ):
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=4))
         while step < args.last_step and not solved(recent_returns, args) and (ahead or not stopped):
@@ -995,12 +990,8 @@ def learn(
             wait = state.env is None or to_save or stopped or args.target_return is not None or step >= args.last_step
             ahead = None if wait else train_step(state)
             batch, metrics = fetch(outcome)
+            check_finite(batch)
             bad = [name for name, value in metrics.items() if not np.isfinite(value).all()]
-            for name in ("obs", "reward", "next_obs"):
-                finite = np.isfinite(getattr(batch, name))
-                if not finite.all():
-                    s, t, n, *_ = np.argwhere(~finite)[0]
-                    bad.insert(0, f"{name} of environment {n} by step {batch.step[s, t]}")
             if bad:
                 raise FloatingPointError(f"iteration {iteration}: {', '.join(bad)} not finite")
 
@@ -1037,7 +1028,7 @@ def learn(
         save(state, recent_returns, args, run_dir)
         stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
     if stopped:
-        print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=hidden or sys.stderr)
+        print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
 
@@ -1092,11 +1083,13 @@ def train(args: Args) -> Result:
     args = plain(args)
     check_args(args)
     devices = pick_devices(args)
-    here = next(device for device in devices if device.process_index == jax.process_index())
-    quiet = redirect_stdout(StringIO() if jax.process_index() else sys.stdout)  # one host speaks, and keeps files
+    rank = jax.process_index()
+    here = next(device for device in devices if device.process_index == rank)
+    out, err = (StringIO(), StringIO()) if rank else (sys.stdout, sys.stderr)  # host 0 alone speaks, and keeps files
     with (
-        quiet,
-        tempfile.TemporaryDirectory() as scratch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        TemporaryDirectory() as scratch,
         jax.default_device(here),
         closing(make_envs(args)) as envs,
         jax.set_mesh(jax.sharding.Mesh(devices, "envs")) if args.shard_envs else nullcontext(),
@@ -1108,7 +1101,7 @@ def train(args: Args) -> Result:
         recent_returns = [deque(maxlen=args.return_window) for _ in seeds]
         state, run_dir = (state, None) if args.resume is None else load(state, recent_returns, args)
         step, episodes = int(fetch(state.step).min()), [[] for _ in seeds]
-        run_dir = Path(scratch) if jax.process_index() else run_dir
+        run_dir = Path(scratch) if rank else run_dir
         training = not args.eval_only
         if training and (step >= args.last_step or solved(recent_returns, args)):
             print(f"nothing to train: {run_dir} is finished at step {step}, --eval-only evaluates it")
@@ -1135,7 +1128,7 @@ def train(args: Args) -> Result:
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
         except (FloatingPointError, gym.error.Error, OSError) as error:
-            if jax.process_index():
+            if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"

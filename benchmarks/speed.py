@@ -502,7 +502,8 @@ def report(
         put_into(readme, "speed.py", "\n".join([*lines, ""]))
         put_into(readme, "speed.py defaults/", "\n".join([*table, ""]))
     if shares:
-        lines += ["", "Where the time goes, in microseconds per environment step: default flags, the first 100,000 steps, one core.", ""]
+        lines += ["", "Where the time goes, in microseconds per environment step, over the first 100,000: one core,"]
+        lines += ["default flags.", ""]
         lines += ["| " + " | ".join(shares[0]) + " |", "|---" * len(shares[0]) + "|"]
         lines += ["| " + " | ".join(row.values()) + " |" for row in shares]
     (HERE / "SPEED.md").write_text("\n".join(lines) + "\n")

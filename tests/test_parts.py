@@ -54,10 +54,12 @@ def test_make_env_keeps_gymnasiums_types(script):
 def test_check_finite(script, name):
     """The first number that is none, of the batch [T = 3, N = 2]: its quantity, environment and step."""
     module = importlib.import_module(script)
-    fields = dict.fromkeys(module.Batch._fields, np.zeros((3, 2))) | {"step": np.array([2, 4, 6])}
+    agents = (1,) if script in JAX_SCRIPTS else ()
+    fields = dict.fromkeys(module.Batch._fields, np.zeros((*agents, 3, 2)))
+    fields |= {"step": np.array([2, 4, 6]).reshape(*agents, 3)}
     module.check_finite(module.Batch(**fields))
-    wrong = np.zeros((3, 2))
-    wrong[1, 1] = wrong[2, 0] = np.nan
+    wrong = np.zeros((*agents, 3, 2))
+    wrong[..., 1, 1] = wrong[..., 2, 0] = np.nan
     with pytest.raises(FloatingPointError, match=f"{name} of environment 1 not finite by step 4"):
         module.check_finite(module.Batch(**(fields | {name: wrong})))
 
