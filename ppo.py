@@ -136,12 +136,6 @@ class Args:
         return self.num_iterations * self.batch_size
 
 
-def processes() -> tuple[int, int]:
-    """Rank of this process and number of processes: 0 and 1 without torchrun."""
-    launched = dist.is_torchelastic_launched()
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-
-
 def plain(args: Args) -> Args:
     """The same flags in Python's own types: a caller may have given NumPy's numbers, or a Path to resume from."""
     flags = json.loads(json.dumps(asdict(args), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
@@ -512,17 +506,6 @@ def rollout(state: State, envs: gym.vector.VectorEnv, args: Args) -> tuple[State
     return state, Batch(obs, action, reward, next_obs, terminated, truncated, step, episode_return, episode_length)
 
 
-def gather(part: Any) -> list:
-    """All processes' `part`, by rank, in every process: [size]."""
-    parts = [part] * processes()[1]
-    if len(parts) > 1:
-        try:
-            dist.all_gather_object(parts, part)
-        except RuntimeError as error:
-            raise OSError("another process has ended") from error  # and tells why
-    return parts
-
-
 # ======================================================= Update =======================================================
 
 
@@ -544,14 +527,6 @@ def loss_fn(agent: Agent, mb: Minibatch, args: Args) -> tuple[Tensor, dict[str, 
 def learning_rate(step: int, args: Args) -> float:
     """Constant, or from --learning-rate down to 0 at the last step."""
     return args.learning_rate * ((args.last_step - step) / args.last_step if args.anneal_lr else 1)
-
-
-def average(tensors: list[Tensor]) -> None:
-    """Replace each by its mean over the processes, in one all-reduce."""
-    if processes()[1] > 1:
-        flat = nn.utils.parameters_to_vector(tensors)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / processes()[1], tensors)
 
 
 def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
@@ -788,6 +763,31 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
         print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
+
+
+def processes() -> tuple[int, int]:
+    """Rank of this process and number of processes: 0 and 1 without torchrun."""
+    launched = dist.is_torchelastic_launched()
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+
+
+def gather(part: Any) -> list:
+    """All processes' `part`, by rank, in every process: [size]."""
+    parts = [part] * processes()[1]
+    if len(parts) > 1:
+        try:
+            dist.all_gather_object(parts, part)
+        except RuntimeError as error:
+            raise OSError("another process has ended") from error  # and tells why
+    return parts
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace each by its mean over the processes, in one all-reduce."""
+    if processes()[1] > 1:
+        flat = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / processes()[1], tensors)
 
 
 def pick_device(args: Args) -> torch.device:

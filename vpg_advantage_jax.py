@@ -652,49 +652,6 @@ def shuffles(key: Array, count: int, size: int) -> Array:
     return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
 
 
-def in_parts(function: Callable, combine: Callable) -> Callable:
-    """`function`, but on a CPU many rows are split into equal parts that are taken one after the other, and `combine`
-    merges their outcomes, [parts, ...]. The mean of their means is the mean.
-
-    Twice as fast: the activations of a few hundred rows fit into the cache, those of many do not.
-    """
-
-    def on_parts(data):
-        size = len(jax.tree.leaves(data)[0])
-        rows = max((n for n in range(256, 513) if size % n == 0), default=size)
-        if size <= 4096 or rows == size or jax.default_backend() != "cpu":
-            return function(data)
-        parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
-        return jax.tree.map(combine, jax.lax.map(function, parts))
-
-    return on_parts
-
-
-def spread(tree: Any, specs: Any = None) -> Any:
-    """`tree`, under --shard-envs replicated on the devices or split as `specs` say. The compiler adds the
-    communication."""
-    sharded = "envs" in jax.sharding.get_abstract_mesh().shape
-    return jax.lax.with_sharding_constraint(tree, specs or jax.sharding.PartitionSpec()) if sharded else tree
-
-
-def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows. Outcomes, a number
-    per row, are concatenated; with `mean`, any tree of arrays is averaged."""
-    if "envs" not in jax.sharding.get_abstract_mesh().shape:
-        return function(data)
-    unravel = None  # from one array back to the outcome: known when `on_each` has been traced
-
-    def on_each(share):
-        nonlocal unravel
-        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
-        return flat[None] if mean else flat
-
-    cut = jax.sharding.PartitionSpec("envs")
-    # [rows], or with `mean` [devices, size of an outcome]
-    flat = jax.shard_map(on_each, in_specs=cut, out_specs=cut, check_vma=False)(spread(data))
-    return unravel(flat.mean(0)) if mean else flat
-
-
 def update_stats(agent: Agent, variables: dict, name: str, x: Array) -> dict:
     """The variables after the running statistics `name` have seen x."""
     _, new = agent.apply(variables, x, method=lambda agent, x: getattr(agent, name).update(x), mutable="stats")
@@ -906,6 +863,49 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
         # the devices never wait for each other: nothing is repartitioned, no collectives between them
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
+
+
+def in_parts(function: Callable, combine: Callable) -> Callable:
+    """`function`, but on a CPU many rows are split into equal parts that are taken one after the other, and `combine`
+    merges their outcomes, [parts, ...]. The mean of their means is the mean.
+
+    Twice as fast: the activations of a few hundred rows fit into the cache, those of many do not.
+    """
+
+    def on_parts(data):
+        size = len(jax.tree.leaves(data)[0])
+        rows = max((n for n in range(256, 513) if size % n == 0), default=size)
+        if size <= 4096 or rows == size or jax.default_backend() != "cpu":
+            return function(data)
+        parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
+        return jax.tree.map(combine, jax.lax.map(function, parts))
+
+    return on_parts
+
+
+def spread(tree: Any, specs: Any = None) -> Any:
+    """`tree`, under --shard-envs replicated on the devices or split as `specs` say. The compiler adds the
+    communication."""
+    sharded = "envs" in jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(tree, specs or jax.sharding.PartitionSpec()) if sharded else tree
+
+
+def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
+    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows. Outcomes, a number
+    per row, are concatenated; with `mean`, any tree of arrays is averaged."""
+    if "envs" not in jax.sharding.get_abstract_mesh().shape:
+        return function(data)
+    unravel = None  # from one array back to the outcome: known when `on_each` has been traced
+
+    def on_each(share):
+        nonlocal unravel
+        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
+        return flat[None] if mean else flat
+
+    cut = jax.sharding.PartitionSpec("envs")
+    # [rows], or with `mean` [devices, size of an outcome]
+    flat = jax.shard_map(on_each, in_specs=cut, out_specs=cut, check_vma=False)(spread(data))
+    return unravel(flat.mean(0)) if mean else flat
 
 
 def spread_envs(state: State) -> State:
