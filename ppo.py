@@ -128,12 +128,8 @@ class Args:
         return self.batch_size // self.num_minibatches
 
     @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
-
-    @property
     def last_step(self) -> int:
-        return self.num_iterations * self.batch_size
+        return self.total_timesteps // self.batch_size * self.batch_size
 
 
 def plain(args: Args) -> Args:
@@ -560,7 +556,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
     history = []
     for _ in range(args.update_epochs):
-        order = gather(torch.randperm(args.batch_size, device=state.device))[0].to(state.device)  # rank 0's, for all
+        order = gather(torch.randperm(args.batch_size))[0].to(state.device)  # rank 0's, for all
         for rows in order.split(args.minibatch_size):
             mb = Minibatch(*(x[rows] for x in data))
             mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
@@ -852,7 +848,7 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError) as error:
+        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.pt"

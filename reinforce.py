@@ -671,7 +671,7 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError) as error:
+        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
             path = run_dir / "checkpoint.pt"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
             raise type(error)(f"{error}; {saved}") from error

@@ -784,7 +784,7 @@ def learn(
     state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
 ) -> tuple[State, list[list[tuple[float, int]]]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
+    episodes = [[] for _ in recent_returns]
     step = first_step = int(fetch(state.step).min())
     start, stopped = time.perf_counter(), 0
     with (
@@ -930,7 +930,7 @@ def train(args: Args) -> Result:
                     eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError) as error:
+        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"

@@ -147,12 +147,8 @@ class Args:
         return self.batch_size // self.num_minibatches
 
     @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
-
-    @property
     def last_step(self) -> int:
-        return self.num_iterations * self.batch_size
+        return self.total_timesteps // self.batch_size * self.batch_size
 
 
 def plain(args: Args) -> Args:
@@ -971,7 +967,7 @@ def learn(
     state: State, recent_returns: list[deque], train_step: Callable, args: Args, run_dir: Path
 ) -> tuple[State, list[list[tuple[float, int]]]]:
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
-    episodes, mean_returns = [[] for _ in recent_returns], np.zeros(args.num_seeds)
+    episodes = [[] for _ in recent_returns]
     step, iteration = (int(fetch(x).min()) for x in (state.step, state.iteration))
     first_step, ahead, stopped = step, None, 0
     start = time.perf_counter()
@@ -1127,7 +1123,7 @@ def train(args: Args) -> Result:
                     eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError) as error:
+        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"

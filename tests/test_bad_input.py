@@ -10,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -528,6 +529,18 @@ def test_nan_at_once_names_no_checkpoint(script, save_every, main):
     assert status == 1 and err.count("\n") == 1 and "Traceback" not in err
     assert "of environment 0 not finite by step" in err and "no checkpoint was saved" in err
     assert not list(Path("runs").glob("*/checkpoint*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_exception_names_the_checkpoint(script, main, monkeypatch):
+    """Of a GPU without memory, or of a lost process, as well: in one line where it is no fault of the code."""
+    module = importlib.import_module(script)
+    error = module.jax.errors.JaxRuntimeError if script in JAX else MemoryError
+    monkeypatch.setattr(module, "update", Mock(side_effect=RuntimeError("no room")))
+    with pytest.raises(RuntimeError, match=r"^no room; no checkpoint was saved$"):
+        module.train(module.tyro.cli(module.Args, args=TINY[script].split()))
+    monkeypatch.setattr(module, "update", Mock(side_effect=error("no room")))
+    assert main(script, TINY[script]) == (1, "error: no room; no checkpoint was saved\n")
 
 
 # ===================================================== Environments ===================================================

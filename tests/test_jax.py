@@ -190,7 +190,9 @@ def test_seeds_share_the_hosts(script, tmp_path):
         assert host.returncode == 0, outputs[-1][1]
     (run_dir,) = tmp_path.glob("runs/*")
     gloo = ("[Gloo]", "peer ranks")  # whose line may come in two
-    spoken = [[line for line in out.splitlines() if not any(word in line for word in gloo)] for out, _ in outputs]
+    spoken = [
+        [line for line in out.splitlines() if line and not any(word in line for word in gloo)] for out, _ in outputs
+    ]
     assert spoken[0][-1].endswith(run_dir.name) and len(spoken[0]) == 5
     assert not spoken[1] and "steps" in outputs[0][1] and "steps" not in outputs[1][1]
 
