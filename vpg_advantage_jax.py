@@ -767,15 +767,20 @@ def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: 
     """Undiscounted returns of one whole episode in each environment."""
 
     def play(carry):
-        env, obs, key, going, returns = carry
+        env, obs, key, going, returns, step = carry
         key, act_key, env_key = jax.random.split(key, 3)
         action = agent.apply(variables, obs, act_key, not args.eval_sample, method="act")
         env, obs, reward, terminated, truncated, _ = envs.step(env_key, env, action)
-        return env, obs, key, going * (1 - terminated) * (1 - truncated), returns + going * reward
+        return env, obs, key, going * (1 - terminated) * (1 - truncated), returns + going * reward, step + 1
+
+    def goes_on(carry):
+        *_, going, _, step = carry
+        return going.any() & (step < 100_000)  # without a time limit, they could go round in circles for ever
 
     key, env_key = jax.random.split(key)
-    carry = (*envs.reset(env_key), key, jnp.ones(envs.num_envs), jnp.zeros(envs.num_envs))
-    return jax.lax.while_loop(lambda carry: carry[3].any(), play, carry)[-1]
+    carry = (*envs.reset(env_key), key, jnp.ones(envs.num_envs), jnp.zeros(envs.num_envs), 0)
+    *_, returns, _ = jax.lax.while_loop(goes_on, play, carry)
+    return returns
 
 
 def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_dir: Path) -> np.ndarray:

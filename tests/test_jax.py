@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import gymnax
@@ -549,6 +550,16 @@ def test_host_environments_do_not_hang(script):
     command = ["taskset", "-c", "0", sys.executable, ROOT / f"{script}.py", *flags, "--hidden-sizes", "8"]
     subprocess.run(command, check=True, timeout=1800, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert len(list(Path("runs").glob("*/checkpoint.msgpack"))) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluation_ends(script):
+    """Also where no time limit ends it: one of two episodes goes on for ever, and is cut. Each step's reward is 1."""
+    ends = jnp.array([1.0, 0.0])
+    envs = Mock(num_envs=2, reset=lambda key: ((), jnp.zeros((2, 1))))
+    envs.step = lambda key, states, action: (states, jnp.zeros((2, 1)), jnp.ones(2), ends, jnp.zeros(2), {})
+    module, agent = importlib.import_module(script), Mock(apply=lambda *_, method: jnp.zeros(2))
+    assert module.evaluate({}, jax.random.key(0), agent, envs, module.Args()).tolist() == [1, 100_000]
 
 
 @pytest.mark.slow
