@@ -671,7 +671,7 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
+        except (FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
             path = run_dir / "checkpoint.pt"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
             raise type(error)(f"{error}; {saved}") from error
@@ -686,7 +686,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

@@ -827,7 +827,7 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
+        except (FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.pt"
@@ -844,7 +844,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
+    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

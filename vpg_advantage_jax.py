@@ -1128,7 +1128,7 @@ def train(args: Args) -> Result:
                     eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (RuntimeError, FloatingPointError, gym.error.Error, OSError, MemoryError) as error:
+        except (FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"

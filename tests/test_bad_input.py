@@ -532,13 +532,10 @@ def test_nan_at_once_names_no_checkpoint(script, save_every, main):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_any_exception_names_the_checkpoint(script, main, monkeypatch):
-    """Of a GPU without memory, or of a lost process, as well: in one line where it is no fault of the code."""
+def test_out_of_memory(script, main, monkeypatch):
+    """As a GPU reports it; in JAX, a lost host and much else too."""
     module = importlib.import_module(script)
-    error = module.jax.errors.JaxRuntimeError if script in JAX else MemoryError
-    monkeypatch.setattr(module, "update", Mock(side_effect=RuntimeError("no room")))
-    with pytest.raises(RuntimeError, match=r"^no room; no checkpoint was saved$"):
-        module.train(module.tyro.cli(module.Args, args=TINY[script].split()))
+    error = module.jax.errors.JaxRuntimeError if script in JAX else module.torch.OutOfMemoryError
     monkeypatch.setattr(module, "update", Mock(side_effect=error("no room")))
     assert main(script, TINY[script]) == (1, "error: no room; no checkpoint was saved\n")
 
