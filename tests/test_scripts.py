@@ -567,6 +567,20 @@ def test_called_with_a_path_and_numpy_numbers(script, finished, tmp_path):
         assert same(run(script, seed=2, hidden_sizes=same_sizes).agent, fresh.agent)
 
 
+@pytest.mark.parametrize("script", ["ppo", pytest.param("ppo_jax", marks=pytest.mark.slow)])
+def test_readme_uses_a_trained_agent(script, finished):
+    """Its code, with the folder of a run in place of "runs/..."."""
+    text = (ROOT / "README.md").read_text().split("**Use the trained agent**")[1]
+    code = text.split("```")[1].removeprefix("python").replace("runs/...", str(finished(script).folder))
+    in_torch, in_jax = code.split("\n\n")
+    names = {"Path": Path, "json": json, "np": np, "obs": np.zeros(4, np.float32)}
+    names |= {name: importlib.import_module(name) for name in (script, "jax" if script == "ppo_jax" else "torch")}
+    exec("\n".join([*in_torch.splitlines()[:3], in_jax]) if script == "ppo_jax" else in_torch, names)
+    assert names["action"] in (0, 1)
+    if script == "ppo":
+        assert names["env"].step(names["action"])[1] == 1
+
+
 @each_script
 def test_resume_of_a_finished_run(script, finished, tmp_path, monkeypatch, capsys):
     run_dir = shutil.copytree(finished(script).folder, tmp_path / "run")
