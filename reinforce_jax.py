@@ -519,7 +519,7 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, arg
         alive = alive - done[t]
         if not alive.any():
             break
-    step = (state.step + mask.sum(1).cumsum()).astype(np.int32)
+    step = int(state.step) + mask.sum(1).cumsum().astype(np.int32)
     return state._replace(key=key), Batch(obs, action, reward, done, mask, step, episode_return, episode_length)
 
 
@@ -641,7 +641,7 @@ def evaluate(variables: dict, key: Array, agent: Agent, envs: GymnaxEnvs, args: 
 
     def goes_on(carry):
         *_, going, _, step = carry
-        return going.any() & (step < 100_000)  # without a time limit, they could go round in circles for ever
+        return going.any() & (step < 100_000)  # an episode without a time limit could go on for ever
 
     key, env_key = jax.random.split(key)
     carry = (*envs.reset(env_key), key, jnp.ones(envs.num_envs), jnp.zeros(envs.num_envs), 0)
@@ -663,7 +663,7 @@ def evaluate_on_host(variables: dict, key: Array, agent: Agent, args: Args, run_
     returns = np.zeros(args.eval_episodes)
     for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
-        for _ in range(100_000):  # without a time limit, the most likely actions could go round in circles for ever
+        for _ in range(100_000):  # an episode without a time limit could go on for ever
             action = np.asarray(act(np.asarray(obs, np.float32), next(steps)))
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[i] += reward

@@ -644,7 +644,7 @@ def evaluate(state: State, args: Args, run_dir: Path) -> np.ndarray:
     returns = np.zeros(args.eval_episodes)
     for i, seed in enumerate(env_seeds(args.seed, 0, args.eval_episodes, stream=1)):
         obs, _ = env.reset(seed=seed)
-        for _ in range(100_000):  # without a time limit, the most likely actions could go round in circles for ever
+        for _ in range(100_000):  # an episode without a time limit could go on for ever
             obs = torch.from_numpy(np.asarray(obs, np.float32)).to(state.device)
             action = state.agent.act(obs, greedy=not args.eval_sample).cpu().numpy()
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -761,7 +761,10 @@ def average(tensors: list[Tensor]) -> None:
     """Replace each by its mean over the processes, in one all-reduce."""
     if processes()[1] > 1:
         flat = nn.utils.parameters_to_vector(tensors)
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise OSError("another process has ended") from error
         nn.utils.vector_to_parameters(flat / processes()[1], tensors)
 
 

@@ -2,7 +2,7 @@
 
     pip install -e '.[bench]'
     python benchmarks/speed.py --cleanrl PATH --purejaxrl PATH      # everything, about an hour on two cores
-    python benchmarks/speed.py CleanRL scaling/ppo --cleanrl PATH   # what has one of these words in its name
+    python benchmarks/speed.py CleanRL scaling/ppo --cleanrl PATH   # comparisons with this word, and a part
     python benchmarks/speed.py --cuda --leanrl PATH                 # on a GPU
 
 Every measurement is a process of its own, pinned to one core unless the row says two; of a pair the programs take
@@ -526,7 +526,7 @@ def report(
 class Args:
     """Measure, and write the tables and the figure."""
 
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # only what has one of these words in its name
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # a word of a comparison's name, or parts/ppo ...
     cleanrl: str | None = None  # checkout of vwxyzjn/cleanrl
     leanrl: str | None = None  # checkout of pytorch-labs/LeanRL
     purejaxrl: str | None = None  # checkout of luchris429/purejaxrl

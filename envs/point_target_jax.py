@@ -17,15 +17,9 @@ import envs.point_target  # noqa: F401, known to Gymnasium too: --capture-video 
 class EnvState(environment.EnvState):
     position: jax.Array  # [dimensions], in cells
     target: jax.Array  # [dimensions]
-    time: int
 
 
-@struct.dataclass
-class EnvParams(environment.EnvParams):
-    max_steps_in_episode: int = 20  # what --max-episode-steps changes: it cuts where it is less than episode_length
-
-
-class PointTarget(environment.Environment[EnvState, EnvParams]):
+class PointTarget(environment.Environment[EnvState, environment.EnvParams]):
     """Observations [2 * dimensions] float32: position, then target, in cells. Actions: -1 along one dimension, stay,
     or +1 along one dimension, in this order."""
 
@@ -40,7 +34,8 @@ class PointTarget(environment.Environment[EnvState, EnvParams]):
 
     @property
     def default_params(self):
-        return EnvParams(max_steps_in_episode=self.episode_length)
+        # --max-episode-steps changes it, and cuts where it is less than episode_length
+        return environment.EnvParams(max_steps_in_episode=self.episode_length)
 
     def reset_env(self, key, params):
         position, target = jax.random.randint(key, (2, self.dimensions), 0, self.grid_size)

@@ -154,7 +154,7 @@ def test_one_update(name, flags, kind):
             for buffer, x in jax_state.variables["stats"][stats].items():
                 np.testing.assert_allclose(getattr(getattr(agent, stats), buffer), x, **CLOSE, err_msg=buffer)
         np.testing.assert_allclose(state.running_return, jax_state.running_return, **CLOSE)
-    assert int(jax_state.step) == T * N
+    assert int(jax_state.step) == state.step == T * N
 
 
 @pytest.mark.parametrize(("name", "kind"), half_slow([(name, kind) for name in PAIRS[1:] for kind in SPACES]))
@@ -188,7 +188,7 @@ def test_epochs_and_minibatches(end, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_rollout_on_host(name):
+def test_rollout_on_host(name, first_step=2**24 + 1):  # which float32 cannot count
     """What PyTorch sees of an environment that takes no notice of actions, JAX sees."""
     torch_module, jax_module = modules(name)
     flags = {"env_id": "tests.toy_envs:Ledger-v0", "num_envs": 4} | ({} if name == "reinforce" else {"num_steps": 25})
@@ -196,17 +196,18 @@ def test_rollout_on_host(name):
     with closing(torch_module.make_envs(args)) as envs:
         agent, extra = torch_module.Agent(envs, args), {}
         if name != "reinforce":
-            extra = {"obs": envs.reset(seed=torch_module.env_seeds(1, 0, 4))[0], "running_return": None}
-        state = torch_module.State(agent, agent.act, None, None, torch.device("cpu"), [], **extra)
+            extra = {"obs": envs.reset(seed=torch_module.env_seeds(1, first_step, 4))[0], "running_return": None}
+        state = torch_module.State(agent, agent.act, None, None, torch.device("cpu"), [], **extra, step=first_step)
         state, batch = torch_module.rollout(state, envs, args)
     with closing(jax_module.make_envs(jax_args)) as envs:
         agent = jax_module.make_agent(envs, jax_args)
         jax_state = jax_module.init_state(1, agent, *([] if name == "reinforce" else [envs]), jax_args)
         if name != "reinforce":
-            jax_state = jax_state._replace(obs=envs.reset(seed=jax_module.env_seeds(1, 0, 4))[0])
+            jax_state = jax_state._replace(obs=envs.reset(seed=jax_module.env_seeds(1, first_step, 4))[0])
+        jax_state = jax_state._replace(step=jnp.array(first_step))
         act = partial(agent.apply, method="act")
         jax_state, jax_batch = jax_module.rollout_on_host(jax_state, act, envs, jax_args)
-    assert batch._fields == jax_batch._fields and batch.done.any()
+    assert batch._fields == jax_batch._fields and batch.done.any() and batch.step[0] == first_step + 4
     for field in set(batch._fields) - {"action"}:  # of REINFORCE's rows those after the last end are zeros in JAX
         np.testing.assert_array_equal(getattr(batch, field), getattr(jax_batch, field)[: len(batch.obs)], err_msg=field)
     if name == "reinforce":
