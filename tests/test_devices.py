@@ -125,6 +125,31 @@ def test_fault_in_one_process(script, save_every, tmp_path):
 
 
 @pytest.mark.slow
+@actor_critic
+def test_process_lost_in_an_update(script, tmp_path):
+    """The first process, which waits for gradients then, says so in one line too."""
+    (tmp_path / "lose.py").write_text(
+        f"import os, sys, {script} as module\n"
+        "average, calls = module.average, []\n"
+        "def average_or_die(tensors):\n"
+        "    calls.append(tensors)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
+        "        raise MemoryError('no room')\n"
+        "    average(tensors)\n"
+        "module.average = average_or_die\n"
+        "module.main()\n"
+    )
+    words = "--num-envs 2 --num-steps 8 --total-timesteps 160 --num-minibatches 1 --update-epochs 1 --save-every 1"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*map(str, TORCHRUN), "lose.py", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    errors = sorted(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    (path,) = tmp_path.glob("runs/*/checkpoint.pt")
+    left = f"the last good checkpoint is {path.relative_to(tmp_path)}"
+    assert errors == [f"error: another process has ended; {left}", "error: no room"], done.stderr
+
+
+@pytest.mark.slow
 def test_processes_play_different_episodes(tmp_path):
     """Neither the environments nor the actions of one process are those of the other."""
     code = (
