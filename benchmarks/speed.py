@@ -334,7 +334,7 @@ def pairs(cleanrl_path: str | None, purejaxrl_path: str | None) -> dict[str, Pai
     ppo_jax = {"script": "ppo_jax", "total_timesteps": 1_000_000, **CLEANRL}
     host = ppo_jax | {"env_backend": "gymnasium", "total_timesteps": 200_000}
     stable = {"library": "stable_baselines3", "algorithm": "PPO", "steps": 60_000, "num_envs": 4, **CLEANRL_IN_SB3}
-    zoo = stable | ZOO | {"num_envs": 8, "steps": 200_000, "target": 475}
+    zoo = stable | ZOO | {"num_envs": 8, "steps": 100_000, "target": 475}
     a2c = {"library": "stable_baselines3", "algorithm": "A2C", "steps": 60_000, "num_envs": 8, "n_steps": 64}
     vpg = {"script": "vpg_advantage", "total_timesteps": 200_000, "eval_episodes": 0, "save_every": 0}
     solve = {"script": "ppo", "target_return": 475, "eval_episodes": 0}

@@ -285,7 +285,7 @@ def test_one_seed_for_global_generators(script):
 
 @each_script
 def test_id_without_a_version(script, monkeypatch):
-    monkeypatch.setattr(gym.logger, "min_level", gym.logger.WARN)  # which a run with --async-envs before this one raised
+    monkeypatch.setattr(gym.logger, "min_level", gym.logger.WARN)  # a run with --async-envs raises it
     flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
     with pytest.warns(UserWarning, match="latest version"):
         result = run(script, env_id="Acrobot", total_timesteps=128, max_episode_steps=20, eval_episodes=1, **flags)
