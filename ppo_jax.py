@@ -1001,8 +1001,8 @@ def learn(
     """Train up to the last step, logging and saving on the way. Returns (return, step) of each finished episode."""
     episodes = [[] for _ in recent_returns]
     step, iteration = (int(fetch(x).min()) for x in (state.step, state.iteration))
-    first_step, ahead, stopped = step, None, 0
-    start = time.perf_counter()
+    first_step, ahead = step, None
+    start, stopped = time.perf_counter(), 0
     with (
         StopSignal() as stop,
         closing(open_log(args, run_dir, step)) as writer,

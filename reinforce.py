@@ -418,13 +418,14 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, Tensor]:
-    """Backpropagate the loss and clip the norm of the gradients to --max-grad-norm. Returns what to log."""
+    """Backpropagate the loss and clip the gradients' norm to --max-grad-norm. Returns what to log."""
     params = list(agent.parameters())
     loss, metrics = loss_fn(agent, batch, ret, args)
     loss.backward()
+    metrics = {name: x.detach() for name, x in metrics.items()}
     fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
     metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
-    return {name: x.detach() for name, x in metrics.items()}
+    return metrics
 
 
 def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, float]]:
