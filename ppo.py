@@ -471,9 +471,9 @@ def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
 def check_finite(batch: Batch) -> None:
     """Raise FloatingPointError for a batch whose observations or rewards are not all finite."""
     for name in ("obs", "reward", "next_obs"):
-        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
-        if len(bad):
-            t, n, *_ = bad[0]
+        finite = np.isfinite(getattr(batch, name))
+        if not finite.all():
+            t, n, *_ = np.argwhere(~finite)[0]
             raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[t]}")
 
 

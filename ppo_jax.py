@@ -521,7 +521,8 @@ def gae(
         adv = delta_t + decay_t * following
         return adv, adv
 
-    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True)[1]
+    # unrolled, as a GPU starts kernels anew for every turn of a loop
+    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
 
 
 def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
@@ -533,7 +534,7 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
         ret = reward_t + gamma * carry
         return (1 - done_t) * ret, ret
 
-    carry, ret = jax.lax.scan(forward, carry, (reward, done))
+    carry, ret = jax.lax.scan(forward, carry, (reward, done), unroll=8)
     return ret, carry
 
 
@@ -574,9 +575,9 @@ def approx_kl(logp: Array, logp_old: Array) -> Array:
 def check_finite(batch: Batch) -> None:
     """Raise FloatingPointError for batches, [S, T, N, ...], whose observations or rewards are not all finite."""
     for name in ("obs", "reward", "next_obs"):
-        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
-        if len(bad):
-            s, t, n, *_ = bad[0]
+        finite = np.isfinite(getattr(batch, name))
+        if not finite.all():
+            s, t, n, *_ = np.argwhere(~finite)[0]
             raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[s, t]}")
 
 

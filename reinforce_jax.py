@@ -441,7 +441,8 @@ def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
         ret = reward_t + gamma * (1 - done_t) * following
         return ret, ret
 
-    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), (reward, done), reverse=True)[1]
+    # unrolled, as a GPU starts kernels anew for every turn of a loop
+    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), (reward, done), reverse=True, unroll=8)[1]
 
 
 def standardize(x: Array, mask: Array) -> Array:
@@ -463,9 +464,9 @@ def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
 def check_finite(batch: Batch) -> None:
     """Raise FloatingPointError for batches, [S, T, N, ...], whose observations or rewards are not all finite."""
     for name in ("obs", "reward"):
-        bad = np.argwhere(~np.isfinite(getattr(batch, name)))
-        if len(bad):
-            s, t, n, *_ = bad[0]
+        finite = np.isfinite(getattr(batch, name))
+        if not finite.all():
+            s, t, n, *_ = np.argwhere(~finite)[0]
             raise FloatingPointError(f"{name} of environment {n} not finite by step {batch.step[s, t]}")
 
 

@@ -28,7 +28,7 @@ MUTANTS = [
     (AC + ACJ, "decay = gamma * gae_lambda * (1 - done)", "decay = gamma * gae_lambda * (1 - terminated)"),
     (AC + ACJ, "decay = gamma * gae_lambda * (1 - done)", "decay = gae_lambda * (1 - done)"),
     (AC, "delta_t + decay_t * following", "delta_t - decay_t * following"),
-    (ACJ, "(delta, decay), reverse=True)", "(delta, decay))"),
+    (ACJ, "(delta, decay), reverse=True,", "(delta, decay),"),
     (AC, "carry = (1 - done_t) * ret[-1]", "carry = ret[-1]"),
     (ACJ, "return (1 - done_t) * ret, ret", "return (1 - done_t) * carry, ret"),
     (AC, "x.std(correction=0) + 1e-8", "x.std() + 1e-8"),
