@@ -281,6 +281,7 @@ def start_worker(program: Callable, cores: int, settings: dict, folder: str) -> 
     command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings]), "--in-turns"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = os.environ | {"TQDM_DISABLE": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # two share the GPU's memory
+    env["JAX_DEFAULT_MATMUL_PRECISION"] = "tensorfloat32"  # JAX's default on a GPU; our scripts' is float32
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
@@ -388,7 +389,8 @@ def pairs_on_gpu(cleanrl_path: str | None, leanrl_path: str | None, purejaxrl_pa
     for num_envs, num_seeds, steps in ((4, 1, 102_400), (2048, 1, 26_214_400), (4, 2048, 51_200)):
         size = {"num_envs": num_envs, "num_seeds": num_seeds}
         flags = {"script": "ppo_jax", "total_timesteps": 10**9, "cuda": True, **CLEANRL, **size}
-        of_what = f"{num_envs} environments" + f", {num_seeds} seeds" * (num_seeds > 1)
+        of_what = f"{num_envs} environments" + f", {num_seeds} seeds, no checkpoints" * (num_seeds > 1)
+        flags |= {"save_every": 0} if num_seeds > 1 else {}  # of 230 MB, which PureJaxRL does not write
         if purejaxrl_path:
             peer_flags = {"path": purejaxrl_path, "steps": steps, "times": 10_000, **size}
             found[f"{of_what}: ppo_jax.py --cuda / PureJaxRL"] = Pair((ours, flags), (purejaxrl, peer_flags))
