@@ -860,9 +860,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
     rows = args.num_seeds * args.num_envs
-    large = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 > 2**19
+    threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**17) if parts == 1 else parts
     given = os.environ.get("NPROC")
-    os.environ["NPROC"] = given or str(cores if large else parts)
+    os.environ["NPROC"] = given or str(max(1, threads))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)

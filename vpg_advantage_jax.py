@@ -1048,10 +1048,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
-    rows = args.num_seeds * min(args.num_envs, 128)  # more are updated `in_parts`
-    large = parts == 1 and rows * max(args.hidden_sizes, default=1) ** 2 > 2**19
+    rows = args.num_seeds * (args.minibatch_size if args.minibatch_size <= 4096 else 512)  # more are taken `in_parts`
+    threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**22) if parts == 1 else parts
     given = os.environ.get("NPROC")
-    os.environ["NPROC"] = given or str(cores if large else parts)
+    os.environ["NPROC"] = given or str(max(1, threads))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)

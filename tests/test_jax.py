@@ -353,8 +353,8 @@ def test_weights_are_initialised_one_agent_at_a_time(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_threads(script, monkeypatch):
-    """One per device, or as many as there are cores where one device has large work; NPROC overrides. It is set while
-    JAX starts, and no longer."""
+    """One per device, or several, of the cores there are, where one device has large work; NPROC overrides. It is set
+    while JAX starts, and no longer."""
     module = importlib.import_module(script)
     seen, devices = [], jax.devices()  # started, so that nothing asked for here changes how many there are
     monkeypatch.delenv("NPROC", raising=False)
@@ -364,11 +364,12 @@ def test_threads(script, monkeypatch):
         (2, {"num_seeds": 3}, "1"),
         (2, {"num_seeds": 8}, "2"),
         (16, {"num_seeds": 8}, "8"),
+        (2, {"num_envs": 24}, "1"),
+        (2, {"num_envs": 64}, "2"),
         (2, {"num_envs": 4096}, "2" if script == "reinforce_jax" else "1"),  # the others update in parts
-        (2, {"num_envs": 4096, "hidden_sizes": (128,)}, "2"),
-        (16, {"num_envs": 4096, "hidden_sizes": (128,)}, "16"),
-        (2, {"num_envs": 64, "hidden_sizes": (8, 128)}, "2"),
-        (2, {"num_envs": 256, "hidden_sizes": (8, 8)}, "1"),
+        (16, {"num_envs": 4096, "hidden_sizes": (128,)}, "16" if script == "reinforce_jax" else "2"),
+        (16, {"num_envs": 64, "hidden_sizes": (8, 128)}, "16" if script == "vpg_advantage_jax" else "8"),
+        (16, {"num_envs": 256, "hidden_sizes": (8, 8)}, "1"),
     ):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         module.pick_devices(module.Args(**flags))
