@@ -1074,7 +1074,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
+    # XLA scatters the work of all devices over all threads: one more helps only for 2^22 more products a layer
     rows = args.num_seeds * (args.minibatch_size if args.minibatch_size <= 4096 else 512)  # more are taken `in_parts`
     threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**22) if parts == 1 else parts
     given = os.environ.get("NPROC")

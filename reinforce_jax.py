@@ -858,9 +858,9 @@ def pick_devices(args: Args) -> list[jax.Device]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
-    # XLA scatters the work of all devices over all threads: more than one per device helps only where it is large
-    rows = args.num_seeds * args.num_envs
-    threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**17) if parts == 1 else parts
+    # XLA scatters the work of all devices over all threads: one more helps only for 2^22 more products a layer
+    rows = args.num_seeds * args.num_envs * 32  # by measurement; an episode may be shorter or longer
+    threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**22) if parts == 1 else parts
     given = os.environ.get("NPROC")
     os.environ["NPROC"] = given or str(max(1, threads))
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
