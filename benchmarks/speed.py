@@ -8,7 +8,7 @@
 Every measurement is a process of its own, pinned to one core unless the row says two; of a pair the programs take
 turns, A B A B. Steps per second are those after the first third of a run, so neither start nor compilation counts;
 "start" is the time from the start of the process to the end of its first update. With --cuda, where compilation takes
-minutes, each program is one process that lives for all its turns, of some seconds each, and waits in between. CleanRL,
+minutes, each program is one process for all its rows: all take turns of some seconds, and wait in between. CleanRL,
 LeanRL and PureJaxRL are read from checkouts that are named on the command line; without them their rows stay as they
 were.
 
@@ -280,7 +280,7 @@ def start_worker(program: Callable, cores: int, settings: dict, folder: str) -> 
     """A process that trains up to its first mark and then waits for its turn."""
     command = [sys.executable, __file__, "--worker", json.dumps([program.__name__, cores, settings]), "--in-turns"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    env = os.environ | {"TQDM_DISABLE": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # two share the GPU's memory
+    env = os.environ | {"TQDM_DISABLE": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all share the GPU's memory
     env["JAX_DEFAULT_MATMUL_PRECISION"] = "tensorfloat32"  # JAX's default on a GPU; our scripts' is float32
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
@@ -293,19 +293,24 @@ def next_mark(process: subprocess.Popen) -> int:
     raise RuntimeError(f"{process.args} ended with status {process.wait()}")
 
 
-def in_turns(workers: dict[str, subprocess.Popen], repeats: int, seconds: float = 2) -> dict[str, list[dict]]:
-    """What `measure` returns for each turn of each worker, after one turn to warm up."""
-    steps, results = {who: next_mark(process) for who, process in workers.items()}, {who: [] for who in workers}
-    for _ in range(repeats + 1):
-        for who, process in workers.items():
-            first, start = steps[who], time.time()
-            process.stdin.write(f"{seconds}\n")
-            process.stdin.flush()
-            steps[who] = next_mark(process)
-            results[who].append({"speed": (steps[who] - first) / (time.time() - start), "start": math.nan})
-    for process in workers.values():
-        process.kill()
-        process.wait()
+def in_turns(programs: dict[str, tuple[Callable, dict]], repeats: int, seconds: float = 2) -> dict[str, list[dict]]:
+    """What `measure` returns for each turn of each program, after one turn to warm up. They start one after another,
+    so that each compiles alone, and live until all have had their turns."""
+    workers, steps, results = {}, {}, {who: [] for who in programs}
+    with tempfile.TemporaryDirectory() as folder:
+        for who, (program, settings) in tqdm(programs.items(), "compiling", leave=False):
+            workers[who] = start_worker(program, 16, settings, folder)
+            steps[who] = next_mark(workers[who])
+        for _ in tqdm(range(repeats + 1), "turns", leave=False):
+            for who, process in workers.items():
+                first, start = steps[who], time.time()
+                process.stdin.write(f"{seconds}\n")
+                process.stdin.flush()
+                steps[who] = next_mark(process)
+                results[who].append({"speed": (steps[who] - first) / (time.time() - start), "start": math.nan})
+        for process in workers.values():
+            process.kill()
+            process.wait()
     return {who: turns[1:] for who, turns in results.items()}
 
 
@@ -401,15 +406,18 @@ def pairs_on_gpu(cleanrl_path: str | None, leanrl_path: str | None, purejaxrl_pa
 def compare(name: str, pair: Pair, repeats: int) -> dict:
     """Measure a pair. The repeats have seeds of their own, which matters to a time until something is learned."""
     programs, results = {"ours": pair.ours, "peer": pair.peer}, {"ours": [], "peer": []}
-    if pair.cuda:
-        with tempfile.TemporaryDirectory() as folder:
-            workers = {who: start_worker(program, pair.cores, x, folder) for who, (program, x) in programs.items()}
-            results = in_turns(workers, repeats)
-    for i in tqdm(range(0 if pair.cuda else repeats), name, leave=False):
+    for i in tqdm(range(repeats), name, leave=False):
         for who, (program, settings) in programs.items():
             seeded = {"seed": 100 + i} if pair.quantity == "total" else {}
             results[who].append(measure(program, pair.cores, **settings, **seeded))
     return row_of(name, pair, results)
+
+
+def compare_on_gpu(found: dict[str, Pair], repeats: int) -> list[dict]:
+    """Measure all pairs at once: a program that is in several is one process."""
+    turns = in_turns({str(program): program for pair in found.values() for program in (pair.ours, pair.peer)}, repeats)
+    sides = {name: {"ours": turns[str(pair.ours)], "peer": turns[str(pair.peer)]} for name, pair in found.items()}
+    return [row_of(name, pair, sides[name]) for name, pair in found.items()]
 
 
 def row_of(name: str, pair: Pair, results: dict[str, list[dict]]) -> dict:
@@ -548,11 +556,12 @@ def main() -> None:
     found = pairs(args.cleanrl, args.purejaxrl)
     if args.cuda:
         found = pairs_on_gpu(args.cleanrl, args.leanrl, args.purejaxrl)
-    for name, pair in found.items():
-        if not args.words or any(word in name for word in args.words):
-            row = compare(name, pair, args.repeats * (2 if pair.quantity == "total" else 1))
-            print(row, flush=True)
-            speeds = merge(results / "speed.csv", [row], ("comparison",))
+    found = {name: pair for name, pair in found.items() if not args.words or any(word in name for word in args.words)}
+    repeats = {name: args.repeats * (2 if pair.quantity == "total" else 1) for name, pair in found.items()}
+    one_by_one = (compare(name, pair, repeats[name]) for name, pair in found.items())
+    for row in compare_on_gpu(found, args.repeats) if args.cuda else one_by_one:
+        print(row, flush=True)
+        speeds = merge(results / "speed.csv", [row], ("comparison",))
     for script in ("reinforce", "vpg_advantage", "ppo"):
         if f"parts/{script}" in args.words or not (args.words or args.cuda):
             spent, *_ = in_fresh_process(parts, 1, script=script, total_timesteps=100_000, eval_episodes=0)
