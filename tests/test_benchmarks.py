@@ -18,7 +18,7 @@ import pytest
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import plot, run, table
+from benchmarks import plot, run, speed, table
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "benchmarks"
@@ -369,6 +369,16 @@ def test_unknown_source():
         plot.main(["curves", "nothing", "--out", "figure.png"])
 
 
-@pytest.mark.parametrize("name", ["run", "table", "plot"])
+@pytest.mark.slow
+def test_programs_take_turns():
+    """Each trains on from where its last turn ended, and none is left behind."""
+    flags = {"script": "reinforce", "num_envs": 2, "total_timesteps": 10**9}
+    turns = speed.in_turns({f"seed {seed}": (speed.ours, flags | {"seed": seed}) for seed in (1, 2)}, 2, seconds=0.2)
+    assert [len(of_program) for of_program in turns.values()] == [2, 2]
+    assert all(0 < turn["speed"] < 10**6 for of_program in turns.values() for turn in of_program)
+    assert "--in-turns" not in subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", ["run", "table", "plot", "speed"])
 def test_help(name):
     assert "usage" in tool(name, "--help").stdout
