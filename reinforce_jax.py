@@ -862,7 +862,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     rows = args.num_seeds * args.num_envs * 32  # by measurement; an episode may be shorter or longer
     threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**22) if parts == 1 else parts
     given = os.environ.get("NPROC")
-    os.environ["NPROC"] = given or str(max(1, threads))
+    os.environ["NPROC"] = given or str(cores if args.cuda else max(1, threads))  # for a GPU it compiles on them
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():  # several hosts
         number, rank = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=number, process_id=rank)

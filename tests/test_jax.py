@@ -370,9 +370,11 @@ def test_threads(script, monkeypatch):
         (16, {"num_envs": 4096, "hidden_sizes": (128,)}, "16" if script == "reinforce_jax" else "2"),
         (16, {"num_envs": 64, "hidden_sizes": (8, 128)}, "16" if script == "vpg_advantage_jax" else "8"),
         (16, {"num_envs": 256, "hidden_sizes": (8, 8)}, "1"),
+        (16, {"cuda": True}, "16"),
     ):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        module.pick_devices(module.Args(**flags))
+        with jax.default_matmul_precision("float32"):  # as --cuda would set it, for all that comes after
+            module.pick_devices(module.Args(**flags))
         assert seen.pop() == threads and "NPROC" not in os.environ, (cores, flags)
     monkeypatch.setenv("NPROC", "5")
     module.pick_devices(module.Args())
