@@ -859,7 +859,7 @@ def pick_devices(args: Args) -> list[jax.Device]:
     cores = os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA scatters the work of all devices over all threads: one more helps only for 2^22 more products a layer
-    rows = args.num_seeds * args.num_envs * 32  # by measurement; an episode may be shorter or longer
+    rows = args.num_seeds * args.num_envs * 32  # as if episodes had 32 steps: two threads pay from 64 of them
     threads = min(cores, rows * max(args.hidden_sizes, default=1) ** 2 // 2**22) if parts == 1 else parts
     given = os.environ.get("NPROC")
     os.environ["NPROC"] = given or str(cores if args.cuda else max(1, threads))  # for a GPU it compiles on them
