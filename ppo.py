@@ -47,12 +47,12 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -108,8 +108,8 @@ class Args:
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(6, "[1, inf)")  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
-    norm_obs: bool = False  # standardise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    norm_obs: bool = False  # standardise observations by their running mean and variance, clip to [-10, 10]
+    norm_reward: bool = False  # divide rewards by the running deviation of discounted returns, clip to [-10, 10]
     clip_coef: float = bounded(0.2, "(0, inf)")  # eps: no gain from a probability ratio further than this from 1
     clip_vloss: bool = False  # also clip the value's change, to --clip-coef
     target_kl: float | None = bounded(None, "(0, inf)")  # end the update after an epoch whose mean KL is above this
@@ -180,11 +180,14 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(both, space.low, -1).astype(space.dtype)
-    high = np.where(both, space.high, 1).astype(space.dtype)
+    low, high = np.where(both, space.low, -1), np.where(both, space.high, 1)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
-    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+    def to_env(action):
+        return (middle + half * action.reshape(space.shape)).clip(space.low, space.high).astype(space.dtype)
+
+    return frame, to_env
 
 
 class Named(gym.Wrapper):
@@ -205,7 +208,9 @@ class Named(gym.Wrapper):
             return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"environment {self.index}, its step {self.steps}"
+            raise gym.error.Error(f"{where}: {what} ({Path(file).name}:{line})") from error
 
     def reset(self, *, seed: int | None = None, **kwargs):
         if seed is not None:  # for environments that draw from the global generators, not from one of their own
@@ -425,7 +430,7 @@ def gae(
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Discounted return from each episode's start up to each step, [T, N], and the next `carry`, [N]."""
+    """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
     ret = []
     for reward_t, done_t in zip(reward.unbind(), done.unbind(), strict=True):
         # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
@@ -532,8 +537,8 @@ def backward(agent: Agent, mb: Minibatch, args: Args) -> dict[str, Tensor]:
     loss.backward()
     metrics = {name: x.detach() for name, x in metrics.items()}
     average([p.grad for p in params] + list(metrics.values()))
-    fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
+    foreach = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=foreach)
     return metrics
 
 
@@ -550,7 +555,7 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
         value, next_value = agent.value(batch.obs), agent.value(batch.next_obs)
         logp, _ = agent.log_prob(batch.obs, batch.action)
         adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-        ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
+        ret = adv + value  # V_t^targ: the lambda-return, for lambda = 1 the rewards to come and then V, where cut
     data = Minibatch(*(x.flatten(0, 1) for x in (batch.obs, batch.action, adv, ret, logp, value)))
 
     optimizer.param_groups[0]["lr"] = learning_rate(state.step, args)
@@ -559,7 +564,8 @@ def update(state: State, batch: Batch, args: Args) -> tuple[State, dict[str, flo
         order = gather(torch.randperm(args.batch_size))[0].to(state.device)  # rank 0's, for all
         for rows in order.split(args.minibatch_size):
             mb = Minibatch(*(x[rows] for x in data))
-            mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
+            if args.norm_adv and args.minibatch_size > 1:  # a single one would become 0
+                mb = mb._replace(adv=standardize(mb.adv))
             mb = Minibatch(*(x[rank::size] for x in mb)) if size > 1 else mb
             optimizer.zero_grad()
             metrics = state.backward(agent, mb, args)
@@ -587,7 +593,11 @@ def identity(args: Args) -> dict:
 
 
 def save(state: State, args: Args, run_dir: Path) -> None:
-    """Write checkpoint.pt, whole or not at all: under another name first, then renamed."""
+    """Write checkpoint.pt, whole or not at all: under another name first, then renamed. Raises FloatingPointError for
+    weights or statistics that are not finite."""
+    bad = [name for name, x in state.agent.state_dict().items() if not x.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite")
     checkpoint = {
         "identity": identity(args),
         "args": asdict(args),
@@ -599,7 +609,7 @@ def save(state: State, args: Args, run_dir: Path) -> None:
         "step": state.step,
         "iteration": state.iteration,
     }
-    buffer = BytesIO()
+    buffer = BytesIO()  # on a full disk torch.save may raise RuntimeError
     torch.save(checkpoint, buffer)
     unfinished = run_dir / "partial.pt"
     try:
@@ -686,7 +696,7 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        with suppress(ValueError):  # only the main thread may set handlers
             self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -754,8 +764,7 @@ def learn(state: State, envs: gym.vector.VectorEnv, args: Args, run_dir: Path) -
                 save(state, args, run_dir)
                 writer.flush()
         save(state, args, run_dir)
-        stopped = max(gather(stop.number))
-    if stopped:
+    if stopped := max(gather(stop.number)):
         print(f"stopped at step {state.step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return episodes
@@ -800,10 +809,14 @@ def pick_device(args: Args) -> torch.device:
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--cuda: {torch.cuda.device_count()} GPUs, but process {device.index} needs its own")
-        torch.cuda.set_device(device)  # objects that NCCL gathers go through the current one
+        torch.cuda.set_device(device)  # the one whose random state is saved, too
     if processes()[1] > 1 and not dist.is_initialized():
-        dist.init_process_group(device_id=device if device.type == "cuda" else None)  # NCCL on GPUs, Gloo on CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+# what may end training, with one line that names the last checkpoint
+FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError, torch.OutOfMemoryError)
 
 
 def train(args: Args) -> Result:
@@ -816,9 +829,19 @@ def train(args: Args) -> Result:
     args = plain(args)
     check_args(args)
     device, (rank, size) = pick_device(args), processes()
-    torch.manual_seed(args.seed)
     out, err = (StringIO(), StringIO()) if rank else (sys.stdout, sys.stderr)  # rank 0 alone speaks, and keeps files
-    with redirect_stdout(out), redirect_stderr(err), TemporaryDirectory() as scratch, closing(make_envs(args)) as envs:
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        TemporaryDirectory() as scratch,
+        closing(make_envs(args)) as envs,
+        torch.random.fork_rng(devices=[]),
+        ExitStack() as after,
+    ):
+        # the caller may be drawing the next settings from the global generators, which environments may use too
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
+        torch.manual_seed(args.seed)
         agent = Agent(envs, args).to(device)
         state = State(
             agent=agent,
@@ -851,12 +874,19 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except ValueError as error:  # the input was checked before
+            raise RuntimeError("an error in the script, not in what it was given") from error
+        except FAILURES as error:
+            if isinstance(error, EOFError | ConnectionError):  # killed under --async-envs: close() would wait for it
+                for process in envs.processes:
+                    process.terminate()
+                envs.closed, error = True, OSError("the process of an environment has ended")
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.pt"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-            raise type(error)(f"{error}; {saved}") from error
+            kind = MemoryError if isinstance(error, MemoryError) else type(error)  # NumPy's takes no message
+            raise kind(f"{str(error) or kind.__name__}; {saved}") from error
         if len(eval_returns):
             print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
         print(run_dir)
@@ -868,7 +898,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, *FAILURES) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

@@ -54,12 +54,12 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -118,14 +118,14 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # parallel environments (N)
     num_steps: int = bounded(128, "[1, inf)")  # steps of each environment in a batch (T)
-    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
+    max_episode_steps: int | None = bounded(None, "[1, 100000000]")  # time limit, in place of the environment's own
     gamma: float = bounded(0.98, "[0, 1]")  # discount factor
     gae_lambda: float = bounded(0.9, "[0, 1]")  # bias-variance trade-off of GAE, 0: TD error, 1: return - value
     num_minibatches: int = bounded(4, "[1, inf)")  # minibatches per epoch, must divide the batch
     update_epochs: int = bounded(6, "[1, inf)")  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
-    norm_obs: bool = False  # standardise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    norm_obs: bool = False  # standardise observations by their running mean and variance, clip to [-10, 10]
+    norm_reward: bool = False  # divide rewards by the running deviation of discounted returns, clip to [-10, 10]
     clip_coef: float = bounded(0.2, "(0, inf)")  # eps: no gain from a probability ratio further than this from 1
     clip_vloss: bool = False  # also clip the value's change, to --clip-coef
     target_kl: float | None = bounded(None, "(0, inf)")  # end the update after an epoch whose mean KL is above this
@@ -201,11 +201,14 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(both, space.low, -1).astype(space.dtype)
-    high = np.where(both, space.high, 1).astype(space.dtype)
+    low, high = np.where(both, space.low, -1), np.where(both, space.high, 1)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
-    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+    def to_env(action):
+        return (middle + half * action.reshape(space.shape)).clip(space.low, space.high).astype(space.dtype)
+
+    return frame, to_env
 
 
 class Named(gym.Wrapper):
@@ -226,7 +229,9 @@ class Named(gym.Wrapper):
             return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"environment {self.index}, its step {self.steps}"
+            raise gym.error.Error(f"{where}: {what} ({Path(file).name}:{line})") from error
 
     def reset(self, *, seed: int | None = None, **kwargs):
         if seed is not None:  # for environments that draw from the global generators, not from one of their own
@@ -273,26 +278,32 @@ class GymnaxEnvs:
     def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, as it takes seconds
         from gymnax.environments.spaces import gymnax_space_to_gym_space
-        from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+        from gymnax.wrappers import LogWrapper
 
         env, self.params = gymnax.make(args.env_id.rpartition(":")[2])
         if args.max_episode_steps is not None:
             kind = type(self.params.max_steps_in_episode)  # of some environments a float
             self.params = self.params.replace(max_steps_in_episode=kind(args.max_episode_steps))
-        self.env, self.num_envs = LogWrapper(FlattenObservationWrapper(env)), num_envs
-        self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
+        self.env, self.num_envs = LogWrapper(env), num_envs
+        space = gymnax_space_to_gym_space(env.observation_space(self.params))
+        if not isinstance(space, gym.spaces.Discrete | gym.spaces.Box):
+            raise ValueError(f"observations {space} are not supported, only Discrete and Box")
+        discrete = isinstance(space, gym.spaces.Discrete)
+        self.flatten = jax.vmap(partial(jax.nn.one_hot, num_classes=space.n) if discrete else jnp.ravel)
+        self.single_observation_space = gym.spaces.flatten_space(space)
         self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
 
     def reset(self, key: Array) -> tuple[Any, Array]:
         """-> states, obs [N, D]."""
         obs, states = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), self.params)
-        return states, obs.astype(jnp.float32)
+        return states, self.flatten(obs).astype(jnp.float32)
 
     def step(self, key: Array, states: Any, action: Array) -> tuple:
         """-> states, obs [N, D], reward [N], terminated [N], truncated [N], info."""
         keys, action = jax.random.split(key, self.num_envs), jax.vmap(self.to_env)(action)
         step = jax.vmap(self.env.step, (0, 0, 0, None))
         obs, states, reward, terminated, truncated, info = step(keys, states, action, self.params)
+        obs, info["final_observation"] = self.flatten(obs), self.flatten(info["final_observation"])
         return states, *(x.astype(jnp.float32) for x in (obs, reward, terminated, truncated)), info
 
     def close(self) -> None:
@@ -515,18 +526,18 @@ def gae(
     delta = reward + gamma * (1 - terminated) * next_value - value
     decay = gamma * gae_lambda * (1 - done)
 
-    def backward(following, now):
+    def step_back(following, now):
         delta_t, decay_t = now
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    (Schulman et al. 2016, eq. 16, as a recursion)
         adv = delta_t + decay_t * following
         return adv, adv
 
     # unrolled, as a GPU starts kernels anew for every turn of a loop
-    return jax.lax.scan(backward, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
+    return jax.lax.scan(step_back, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
 
 
 def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
-    """Discounted return from each episode's start up to each step, [T, N], and the next `carry`, [N]."""
+    """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
 
     def forward(carry, now):
         reward_t, done_t = now
@@ -679,27 +690,25 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         var = variables["stats"]["return_stats"]["var"]
         reward = (reward / jnp.sqrt(var + 1e-8)).clip(-10, 10)
     obs, action, next_obs = (x.reshape(-1, *x.shape[2:]) for x in (batch.obs, batch.action, batch.next_obs))
-    value_of = in_parts(partial(agent.apply, variables, method="value"), jnp.ravel)
+    value_of = partial(agent.apply, variables, method="value")
     value, next_value = (in_shares(value_of, x).reshape(reward.shape) for x in (obs, next_obs))
-    logp_of = in_parts(lambda played: agent.apply(variables, *played, method="log_prob")[0], jnp.ravel)
-    logp = in_shares(logp_of, (obs, action))
+    logp = in_shares(lambda played: agent.apply(variables, *played, method="log_prob")[0], (obs, action))
     adv = gae(reward, value, next_value, batch.terminated, batch.done, args.gamma, args.gae_lambda)
-    ret = adv + value  # V_t^targ: the lambda-return, which for lambda = 1 is the discounted return
+    ret = adv + value  # V_t^targ: the lambda-return, for lambda = 1 the rewards to come and then V, where cut
     data = spread(Minibatch(obs, action, *(x.reshape(-1) for x in (adv, ret, logp, value))))
 
     lr = learning_rate(state.step, args)
     key, shuffle_key = jax.random.split(state.key)
     rows = shuffles(shuffle_key, args.update_epochs, args.batch_size).reshape(-1, args.minibatch_size)
 
-    target_kl = math.inf if args.target_kl is None else args.target_kl
-
-    def descend(carry, x):
+    def descend(carry, i_rows):
         params, opt_state, kl, active = carry
-        i, rows = x
+        i, rows = i_rows
         mb = Minibatch(*(x[rows] for x in data))
-        mb = mb._replace(adv=standardize(mb.adv)) if args.norm_adv else mb
+        if args.norm_adv and args.minibatch_size > 1:  # a single one would become 0
+            mb = mb._replace(adv=standardize(mb.adv))
         gradient = partial(jax.grad(loss_fn, has_aux=True), params, variables["stats"], agent=agent, args=args)
-        grads, metrics = in_shares(in_parts(gradient, partial(jnp.mean, axis=0)), mb, mean=True)
+        grads, metrics = in_shares(gradient, mb, mean=True)
         metrics["grad_norm"] = optax.tree.norm(grads)
         old = params, opt_state
         direction, opt_state = make_optimizer(args).update(grads, opt_state)
@@ -708,7 +717,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
             params, opt_state = jax.tree.map(partial(jnp.where, active), (params, opt_state), old)
         kl += metrics["approx_kl"] / args.num_minibatches
         epoch_ends = (i + 1) % args.num_minibatches == 0
-        still_active = active & ~(epoch_ends & (kl > target_kl))
+        still_active = active & ~(epoch_ends & (kl > (args.target_kl or math.inf)))
         return (params, opt_state, jnp.where(epoch_ends, 0, kl), still_active), (active, metrics)
 
     carry = (variables["params"], state.opt_state, jnp.zeros(()), jnp.array(True))
@@ -736,9 +745,15 @@ def identity(args: Args) -> dict:
 
 
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
-    """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
+    """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed. Raises FloatingPointError
+    for weights or statistics that are not finite."""
+    state = fetch(state)
+    weights = jax.tree.leaves_with_path(state.variables)
+    bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path, x in weights if not np.isfinite(x).all()]
+    if bad:
+        raise FloatingPointError(f"iteration {state.iteration.min()}: {', '.join(bad)} not finite")
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
-    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(state)}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
     unfinished = run_dir / "partial.msgpack"
     try:
@@ -845,7 +860,7 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        with suppress(ValueError):  # only the main thread may set handlers
             self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -894,22 +909,15 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
-def in_parts(function: Callable, combine: Callable) -> Callable:
-    """`function`, but on a CPU many rows are split into equal parts that are taken one after the other, and `combine`
-    merges their outcomes, [parts, ...]. The mean of their means is the mean.
-
-    Twice as fast: the activations of a few hundred rows fit into the cache, those of many do not.
-    """
-
-    def on_parts(data):
-        size = len(jax.tree.leaves(data)[0])
-        rows = max((n for n in range(256, 513) if size % n == 0), default=size)
-        if size <= 4096 or rows == size or jax.default_backend() != "cpu":
-            return function(data)
-        parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
-        return jax.tree.map(combine, jax.lax.map(function, parts))
-
-    return on_parts
+def in_parts(function: Callable, data: Any, mean: bool) -> Any:
+    """`function(data)`, but on a CPU many rows are split into equal parts that are taken one after the other, and their
+    outcomes are merged as in `in_shares`. Twice as fast: the activations of a few hundred rows fit into the cache."""
+    size = len(jax.tree.leaves(data)[0])
+    rows = max((n for n in range(256, 513) if size % n == 0), default=size)
+    if size <= 4096 or rows == size or jax.default_backend() != "cpu":
+        return function(data)
+    parts = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), data)
+    return jax.tree.map(lambda x: x.mean(0) if mean else x.ravel(), jax.lax.map(function, parts))
 
 
 def spread(tree: Any, specs: Any = None) -> Any:
@@ -920,15 +928,15 @@ def spread(tree: Any, specs: Any = None) -> Any:
 
 
 def in_shares(function: Callable, data: Any, mean: bool = False) -> Any:
-    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows. Outcomes, a number
-    per row, are concatenated; with `mean`, any tree of arrays is averaged."""
+    """`function(data)`. Under --shard-envs each device calls it with an equal share of the rows. Their outcomes, a
+    number per row, are concatenated or, with `mean`, trees of arrays that are averaged."""
     if "envs" not in jax.sharding.get_abstract_mesh().shape:
-        return function(data)
+        return in_parts(function, data, mean)
     unravel = None  # from one array back to the outcome: known when `on_each` has been traced
 
     def on_each(share):
         nonlocal unravel
-        flat, unravel = ravel_pytree(function(share))  # one array: each costs a round of messages
+        flat, unravel = ravel_pytree(in_parts(function, share, mean))  # one array: each costs a round of messages
         return flat[None] if mean else flat
 
     cut = jax.sharding.PartitionSpec("envs")
@@ -943,11 +951,6 @@ def spread_envs(state: State) -> State:
     return spread(state, State(whole, whole, whole, cut, cut, cut, whole, whole))
 
 
-def largest(x: Array) -> Array:
-    """The largest magnitude in each observation: finite if all are."""
-    return jnp.abs(x).max(-1)
-
-
 def make_train_step(
     agent: Agent, envs: Envs, args: Args, devices: list[jax.Device]
 ) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -956,7 +959,8 @@ def make_train_step(
     def train_step(state):
         state, batch = rollout(state, agent, envs, args)
         state, metrics = update(state, batch, agent, args)
-        batch = batch._replace(obs=largest(batch.obs), action=None, next_obs=largest(batch.next_obs))
+        obs, next_obs = (jnp.abs(x).max(-1) for x in (batch.obs, batch.next_obs))  # finite if all are
+        batch = batch._replace(obs=obs, action=None, next_obs=next_obs)
         return spread_envs(state), batch, metrics
 
     if isinstance(envs, GymnaxEnvs):
@@ -1055,8 +1059,7 @@ def learn(
             for s, mean_return in enumerate(mean_returns):
                 log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
-        stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
-    if stopped:
+    if stopped := int(fetch(np.array([stop.number])).max()):  # by a signal that came since, too
         print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
@@ -1072,7 +1075,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     """The GPUs, or the CPU's cores as one device each, as many as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
-    cores = os.cpu_count() or 1
+    # where the system tells, only the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA scatters the work of all devices over all threads: one more helps only for 2^22 more products a layer
     rows = args.num_seeds * (args.minibatch_size if args.minibatch_size <= 4096 else 512)  # more are taken `in_parts`
@@ -1102,6 +1106,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     return devices[:share]
 
 
+# what may end training, with one line that names the last checkpoint
+FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError, jax.errors.JaxRuntimeError)
+
+
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
@@ -1122,7 +1130,11 @@ def train(args: Args) -> Result:
         jax.default_device(here),
         closing(make_envs(args)) as envs,
         jax.set_mesh(jax.sharding.Mesh(devices, "envs")) if args.shard_envs else nullcontext(),
+        ExitStack() as after,
     ):
+        # the caller may be drawing the next settings from the global generators, which environments may use too
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
         agent = make_agent(envs, args)
         seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
         init = partial(init_state, agent=agent, envs=envs, args=args)
@@ -1156,12 +1168,19 @@ def train(args: Args) -> Result:
                     eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        except ValueError as error:  # the input was checked before
+            raise RuntimeError("an error in the script, not in what it was given") from error
+        except FAILURES as error:
+            if isinstance(error, EOFError | ConnectionError):  # killed under --async-envs: close() would wait for it
+                for process in envs.processes:
+                    process.terminate()
+                envs.closed, error = True, OSError("the process of an environment has ended")
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-            raise type(error)(f"{error}; {saved}") from error
+            kind = MemoryError if isinstance(error, MemoryError) else type(error)  # NumPy's takes no message
+            raise kind(f"{str(error) or kind.__name__}; {saved}") from error
         for seed, returns in zip(seeds, eval_returns, strict=True) if args.eval_episodes else ():
             who = f"seed {seed}: " if args.num_seeds > 1 else ""
             print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
@@ -1178,7 +1197,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, *FAILURES) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
         if jax.distributed.is_initialized():

@@ -47,12 +47,12 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -157,11 +157,14 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(both, space.low, -1).astype(space.dtype)
-    high = np.where(both, space.high, 1).astype(space.dtype)
+    low, high = np.where(both, space.low, -1), np.where(both, space.high, 1)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
-    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+    def to_env(action):
+        return (middle + half * action.reshape(space.shape)).clip(space.low, space.high).astype(space.dtype)
+
+    return frame, to_env
 
 
 class Named(gym.Wrapper):
@@ -183,7 +186,9 @@ class Named(gym.Wrapper):
             return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"environment {self.index}, its step {self.steps}"
+            raise gym.error.Error(f"{where}: {what} ({Path(file).name}:{line})") from error
 
     def reset(self, *, seed: int | None = None, **kwargs):
         if seed is not None:  # for environments that draw from the global generators, not from one of their own
@@ -423,8 +428,8 @@ def backward(agent: Agent, batch: Batch, ret: Tensor, args: Args) -> dict[str, T
     loss, metrics = loss_fn(agent, batch, ret, args)
     loss.backward()
     metrics = {name: x.detach() for name, x in metrics.items()}
-    fused = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
-    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=fused)
+    foreach = not args.compile  # PyTorch 2.11 cannot compile it for a GPU
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(params, args.max_grad_norm, foreach=foreach)
     return metrics
 
 
@@ -453,7 +458,11 @@ def identity(args: Args) -> dict:
 
 
 def save(state: State, args: Args, run_dir: Path) -> None:
-    """Write checkpoint.pt, whole or not at all: under another name first, then renamed."""
+    """Write checkpoint.pt, whole or not at all: under another name first, then renamed. Raises FloatingPointError for
+    weights or statistics that are not finite."""
+    bad = [name for name, x in state.agent.state_dict().items() if not x.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"iteration {state.iteration}: {', '.join(bad)} not finite")
     checkpoint = {
         "identity": identity(args),
         "args": asdict(args),
@@ -465,7 +474,7 @@ def save(state: State, args: Args, run_dir: Path) -> None:
         "step": state.step,
         "iteration": state.iteration,
     }
-    buffer = BytesIO()
+    buffer = BytesIO()  # on a full disk torch.save may raise RuntimeError
     torch.save(checkpoint, buffer)
     unfinished = run_dir / "partial.pt"
     try:
@@ -552,7 +561,7 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        with suppress(ValueError):  # only the main thread may set handlers
             self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -634,6 +643,10 @@ def pick_device(args: Args) -> torch.device:
     return torch.device("cuda" if args.cuda and found else "cpu")
 
 
+# what may end training, with one line that names the last checkpoint
+FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError, torch.OutOfMemoryError)
+
+
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
@@ -644,8 +657,11 @@ def train(args: Args) -> Result:
     args = plain(args)
     check_args(args)
     device = pick_device(args)
-    torch.manual_seed(args.seed)
-    with closing(make_envs(args)) as envs:
+    with closing(make_envs(args)) as envs, torch.random.fork_rng(devices=[]), ExitStack() as after:
+        # the caller may be drawing the next settings from the global generators, which environments may use too
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
+        torch.manual_seed(args.seed)
         agent = Agent(envs, args).to(device)
         state = State(
             agent=agent,
@@ -672,10 +688,17 @@ def train(args: Args) -> Result:
                 eval_returns = evaluate(state, args, run_dir)
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except ValueError as error:  # the input was checked before
+            raise RuntimeError("an error in the script, not in what it was given") from error
+        except FAILURES as error:
+            if isinstance(error, EOFError | ConnectionError):  # killed under --async-envs: close() would wait for it
+                for process in envs.processes:
+                    process.terminate()
+                envs.closed, error = True, OSError("the process of an environment has ended")
             path = run_dir / "checkpoint.pt"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-            raise type(error)(f"{error}; {saved}") from error
+            kind = MemoryError if isinstance(error, MemoryError) else type(error)  # NumPy's takes no message
+            raise kind(f"{str(error) or kind.__name__}; {saved}") from error
         if len(eval_returns):
             print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {len(eval_returns)} episodes")
         print(run_dir)
@@ -687,7 +710,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, *FAILURES) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:

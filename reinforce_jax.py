@@ -53,12 +53,12 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -114,7 +114,7 @@ class Args:
     learning_rate: float = bounded(3e-3, "(0, inf)")  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     num_envs: int = bounded(8, "[1, inf)")  # parallel environments, one episode of each per update (N)
-    max_episode_steps: int | None = bounded(None, "[1, inf)")  # time limit, in place of the environment's own
+    max_episode_steps: int | None = bounded(None, "[1, 100000000]")  # time limit, in place of the environment's own
     gamma: float = bounded(0.99, "[0, 1]")  # discount factor
     temperature: float = bounded(1.0, "(0, inf)")  # of the softmax over Discrete actions, higher explores more
     norm_return: bool = True  # standardise the returns of each update
@@ -175,11 +175,14 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
         raise ValueError(f"actions {space} are not supported, only Discrete and float Box")
     # A dimension without two bounds is mapped to itself; clipping to an infinite bound does nothing.
     both = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(both, space.low, -1).astype(space.dtype)
-    high = np.where(both, space.high, 1).astype(space.dtype)
+    low, high = np.where(both, space.low, -1), np.where(both, space.high, 1)
     middle, half = high / 2 + low / 2, high / 2 - low / 2
     frame = gym.spaces.Box(-np.inf, np.inf, (math.prod(space.shape),))
-    return frame, lambda action: (middle + half * action.reshape(space.shape)).clip(space.low, space.high)
+
+    def to_env(action):
+        return (middle + half * action.reshape(space.shape)).clip(space.low, space.high).astype(space.dtype)
+
+    return frame, to_env
 
 
 class Named(gym.Wrapper):
@@ -201,7 +204,9 @@ class Named(gym.Wrapper):
             return np.array(obs), *map(float, outcome[:1]), *map(bool, outcome[1:]), {}
         except Exception as error:  # third-party code may raise anything
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise gym.error.Error(f"environment {self.index}, its step {self.steps}: {what}") from error
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"environment {self.index}, its step {self.steps}"
+            raise gym.error.Error(f"{where}: {what} ({Path(file).name}:{line})") from error
 
     def reset(self, *, seed: int | None = None, **kwargs):
         if seed is not None:  # for environments that draw from the global generators, not from one of their own
@@ -250,27 +255,33 @@ class GymnaxEnvs:
     def __init__(self, args: Args, num_envs: int):
         import gymnax  # here, as it takes seconds
         from gymnax.environments.spaces import gymnax_space_to_gym_space
-        from gymnax.wrappers import FlattenObservationWrapper, LogWrapper
+        from gymnax.wrappers import LogWrapper
 
         env, self.params = gymnax.make(args.env_id.rpartition(":")[2])
         if args.max_episode_steps is not None:
             kind = type(self.params.max_steps_in_episode)  # of some environments a float
             self.params = self.params.replace(max_steps_in_episode=kind(args.max_episode_steps))
         self.time_limit = int(self.params.max_steps_in_episode)
-        self.env, self.num_envs = LogWrapper(FlattenObservationWrapper(env)), num_envs
-        self.single_observation_space = gymnax_space_to_gym_space(self.env.observation_space(self.params))
+        self.env, self.num_envs = LogWrapper(env), num_envs
+        space = gymnax_space_to_gym_space(env.observation_space(self.params))
+        if not isinstance(space, gym.spaces.Discrete | gym.spaces.Box):
+            raise ValueError(f"observations {space} are not supported, only Discrete and Box")
+        discrete = isinstance(space, gym.spaces.Discrete)
+        self.flatten = jax.vmap(partial(jax.nn.one_hot, num_classes=space.n) if discrete else jnp.ravel)
+        self.single_observation_space = gym.spaces.flatten_space(space)
         self.single_action_space, self.to_env = action_frame(gymnax_space_to_gym_space(env.action_space(self.params)))
 
     def reset(self, key: Array) -> tuple[Any, Array]:
         """-> states, obs [N, D]."""
         obs, states = jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), self.params)
-        return states, obs.astype(jnp.float32)
+        return states, self.flatten(obs).astype(jnp.float32)
 
     def step(self, key: Array, states: Any, action: Array) -> tuple:
         """-> states, obs [N, D], reward [N], terminated [N], truncated [N], info."""
         keys, action = jax.random.split(key, self.num_envs), jax.vmap(self.to_env)(action)
         step = jax.vmap(self.env.step, (0, 0, 0, None))
         obs, states, reward, terminated, truncated, info = step(keys, states, action, self.params)
+        obs, info["final_observation"] = self.flatten(obs), self.flatten(info["final_observation"])
         return states, *(x.astype(jnp.float32) for x in (obs, reward, terminated, truncated)), info
 
     def close(self) -> None:
@@ -435,14 +446,14 @@ class Result(NamedTuple):
 def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
 
-    def backward(following, now):
+    def step_back(following, now):
         reward_t, done_t = now
         # G_t = R_t + gamma (1 - done_t) G_{t+1}    (Sutton and Barto 2018, eq. 3.9, whose R_{t+1} is our R_t)
         ret = reward_t + gamma * (1 - done_t) * following
         return ret, ret
 
     # unrolled, as a GPU starts kernels anew for every turn of a loop
-    return jax.lax.scan(backward, jnp.zeros_like(reward[0]), (reward, done), reverse=True, unroll=8)[1]
+    return jax.lax.scan(step_back, jnp.zeros_like(reward[0]), (reward, done), reverse=True, unroll=8)[1]
 
 
 def standardize(x: Array, mask: Array) -> Array:
@@ -575,9 +586,15 @@ def identity(args: Args) -> dict:
 
 
 def save(state: State, recent_returns: list[deque], args: Args, run_dir: Path) -> None:
-    """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed."""
+    """Write checkpoint.msgpack, whole or not at all: under another name first, then renamed. Raises FloatingPointError
+    for weights or statistics that are not finite."""
+    state = fetch(state)
+    weights = jax.tree.leaves_with_path(state.variables)
+    bad = [jax.tree_util.keystr(path, simple=True, separator=".") for path, x in weights if not np.isfinite(x).all()]
+    if bad:
+        raise FloatingPointError(f"iteration {state.iteration.min()}: {', '.join(bad)} not finite")
     meta = {"identity": identity(args), "args": asdict(args), "recent_returns": list(map(list, recent_returns))}
-    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(fetch(state))}
+    checkpoint = {"meta": json.dumps(meta), "state": serialization.to_bytes(state)}
     checkpoint["crc32"] = zlib.crc32(checkpoint["meta"].encode() + checkpoint["state"])
     unfinished = run_dir / "partial.msgpack"
     try:
@@ -684,7 +701,7 @@ class StopSignal:
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        with suppress(ValueError):  # only the main thread may set handlers
             self.previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -730,11 +747,6 @@ def over_seeds(function: Callable, args: Args, devices: list[jax.Device]) -> Cal
     return lambda *trees: jax.tree.map(lambda x: x[None], function(*first(trees)))
 
 
-def largest(x: Array) -> Array:
-    """The largest magnitude in each observation: finite if all are."""
-    return jnp.abs(x).max(-1)
-
-
 def make_train_step(
     agent: Agent, envs: Envs, args: Args, devices: list[jax.Device]
 ) -> Callable[[State], tuple[State, Batch, dict[str, Array]]]:
@@ -747,7 +759,8 @@ def make_train_step(
             active = old.step < args.last_step
             state = jax.tree.map(partial(jnp.where, active), state, old)
             batch = batch._replace(done=batch.done * active, step=jnp.where(active, batch.step, old.step))
-        return state, batch._replace(obs=largest(batch.obs), action=None, mask=None), metrics
+        largest = jnp.abs(batch.obs).max(-1)  # finite if all are
+        return state, batch._replace(obs=largest, action=None, mask=None), metrics
 
     if isinstance(envs, GymnaxEnvs):
         return jax.jit(over_seeds(train_step, args, devices), donate_argnums=0)
@@ -840,8 +853,7 @@ def learn(
             for s, mean_return in enumerate(mean_returns):
                 log(writer, [("charts/final_return_of_seed", mean_return)], args.seed + s)
         save(state, recent_returns, args, run_dir)
-        stopped = int(fetch(np.array([stop.number])).max())  # by a signal that came since, too
-    if stopped:
+    if stopped := int(fetch(np.array([stop.number])).max()):  # by a signal that came since, too
         print(f"stopped at step {step}, go on with these flags and --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stopped)
     return state, episodes
@@ -856,7 +868,8 @@ def pick_devices(args: Args) -> list[jax.Device]:
     """The GPUs, or the CPU's cores as one device each, as many as can share the work evenly. JAX starts its
     backends once, at the first array: the first call in a process decides which devices there are."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of GPU memory
-    cores = os.cpu_count() or 1
+    # where the system tells, only the cores that this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts, platform = even_share(args, cores), "cuda" if args.cuda else "cpu"
     # XLA scatters the work of all devices over all threads: one more helps only for 2^22 more products a layer
     rows = args.num_seeds * args.num_envs * 32  # as if episodes had 32 steps: two threads pay from 64 of them
@@ -885,6 +898,10 @@ def pick_devices(args: Args) -> list[jax.Device]:
     return devices[:share]
 
 
+# what may end training, with one line that names the last checkpoint
+FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError, jax.errors.JaxRuntimeError)
+
+
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
@@ -904,7 +921,11 @@ def train(args: Args) -> Result:
         TemporaryDirectory() as scratch,
         jax.default_device(here),
         closing(make_envs(args)) as envs,
+        ExitStack() as after,
     ):
+        # the caller may be drawing the next settings from the global generators, which environments may use too
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
         agent = make_agent(envs, args)
         seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
         init = partial(init_state, agent=agent, args=args)
@@ -936,12 +957,19 @@ def train(args: Args) -> Result:
                     eval_returns = evaluate_on_host(first(state.variables), keys[0], agent, args, run_dir)[None]
                 if not np.isfinite(eval_returns).all():
                     raise FloatingPointError("a return of the evaluation is not finite")
-        except (FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        except ValueError as error:  # the input was checked before
+            raise RuntimeError("an error in the script, not in what it was given") from error
+        except FAILURES as error:
+            if isinstance(error, EOFError | ConnectionError):  # killed under --async-envs: close() would wait for it
+                for process in envs.processes:
+                    process.terminate()
+                envs.closed, error = True, OSError("the process of an environment has ended")
             if rank:
                 raise  # its folder is not kept
             path = run_dir / "checkpoint.msgpack"
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was saved"
-            raise type(error)(f"{error}; {saved}") from error
+            kind = MemoryError if isinstance(error, MemoryError) else type(error)  # NumPy's takes no message
+            raise kind(f"{str(error) or kind.__name__}; {saved}") from error
         for seed, returns in zip(seeds, eval_returns, strict=True) if args.eval_episodes else ():
             who = f"seed {seed}: " if args.num_seeds > 1 else ""
             print(f"{who}evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
@@ -958,7 +986,7 @@ def main() -> None:
     """Run from the command line: an error becomes one line, with exit status 2 for wrong input, else 1."""
     try:
         train(tyro.cli(Args))
-    except (ValueError, FloatingPointError, gym.error.Error, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, *FAILURES) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
         if jax.distributed.is_initialized():

@@ -4,6 +4,7 @@ Their ids are "tests.probe_envs:OneStep-v0" and so on, for any script whose work
 repository.
 """
 
+import os
 import random
 import signal
 import sys
@@ -173,6 +174,8 @@ class Broken(gym.Env):
         if self.unlucky and self.steps == 2 and self.how == "nan":
             obs[1] = np.nan
         if self.unlucky and self.steps == 3:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.how in ("step", "evaluation"):
                 raise ZeroDivisionError("a mass of zero")
             obs = np.zeros(4, np.float32) if self.how == "shape" else obs
@@ -183,5 +186,5 @@ class Broken(gym.Env):
 # those of --seed 1's second environment
 UNLUCKY_SEEDS = [np.random.SeedSequence(1, spawn_key=(stream, 0)).generate_state(2)[1] for stream in (0, 2)]
 EVALUATION_SEEDS = np.random.SeedSequence(1, spawn_key=(1, 0)).generate_state(1)
-for how in ("start", "reset", "step", "nan", "shape", "reward", "old", "evaluation", "evaluation-reward"):
+for how in ("start", "reset", "step", "nan", "shape", "reward", "old", "evaluation", "evaluation-reward", "killed"):
     gym.register(f"Broken{how.title()}-v0", Broken, max_episode_steps=16, kwargs={"how": how})

@@ -60,7 +60,8 @@ NUMBERS = [
     (SCRIPTS, "--max-grad-norm nan", "(0, inf)"),
     (SCRIPTS, "--hidden-sizes 0", "[1, inf)"),
     (SCRIPTS, "--hidden-sizes 64 -1", "[1, inf)"),
-    (REINFORCE, "--max-episode-steps 0", "[1, inf)"),
+    (SCRIPTS, "--max-episode-steps 0", "must lie in [1, "),
+    (JAX, "--max-episode-steps 2147483648", "[1, 100000000]"),  # JAX counts in 32 bits
     (REINFORCE, "--temperature 0", "(0, inf)"),
     (REINFORCE, "--temperature inf", "(0, inf)"),
     (ACTOR_CRITIC, "--num-steps 0", "[1, inf)"),
@@ -538,6 +539,32 @@ def test_out_of_memory(script, main, monkeypatch):
     error = module.jax.errors.JaxRuntimeError if script in JAX else module.torch.OutOfMemoryError
     monkeypatch.setattr(module, "update", Mock(side_effect=error("no room")))
     assert main(script, TINY[script]) == (1, "error: no room; no checkpoint was saved\n")
+    monkeypatch.setattr(module, "learn", lambda *_: np.empty(2**50))  # NumPy's error cannot be made from a message
+    status, err = main(script, TINY[script])
+    assert status == 1 and re.fullmatch("error: Unable to allocate .*; no checkpoint was saved\n", err)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fault_in_the_script_keeps_its_traceback(script, monkeypatch):
+    """NumPy's error for shapes that do not fit is a ValueError too: whoever changes a script is to see the line."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "learn", lambda *_: np.zeros(2) + np.zeros(3))
+    monkeypatch.setattr(sys, "argv", [script, *TINY[script].split()])
+    with pytest.raises(RuntimeError, match="an error in the script") as raised:
+        module.main()
+    assert "could not be broadcast" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("script", JAX_LATER)
+def test_checkpoint_of_finite_weights(script, main):
+    """A step of 1e39 makes weights that are not finite, and no later loss would show it: it is not saved."""
+    words = f"{TINY[script]} --learning-rate 1e39 --total-timesteps 32 --save-every 0"
+    if script in ACTOR_CRITIC:
+        words += " --num-minibatches 1 --update-epochs 1"
+    status, err = main(script, words)
+    assert status == 1 and err.count("\n") == 1, err
+    assert re.match(r"error: iteration \d+: .*actor.* not finite; no checkpoint was saved$", err), err
+    assert not list(Path("runs").glob("*/*.pt")) and not list(Path("runs").glob("*/*.msgpack"))
 
 
 # ===================================================== Environments ===================================================
@@ -562,9 +589,21 @@ def test_environment_that_breaks(script, how, envs, main):
     status, err = main(script, f"{TINY[script]} --seed 1 {envs} {toy(f'Broken{how.title()}')}")
     assert status == 1 and err.count("\n") == 1 and "Traceback" not in err, err
     assert err.startswith(f"error: {BROKEN[how]}"), err
+    assert ("(probe_envs.py:" in err) == (how in ("start", "reset", "step", "evaluation"))
     if how == "start":
         assert not Path("runs").exists()
     else:
         (run_dir,) = Path("runs").iterdir()
         left = str(run_dir / "checkpoint.") if "evaluation" in how else "no checkpoint was saved"
         assert left in err
+
+
+@pytest.mark.parametrize("script", PPO_FIRST)
+def test_environment_process_killed(script, tmp_path):
+    """As by a system short of memory: an error at once, where Gymnasium would wait for that process for ever."""
+    command = [sys.executable, ROOT / f"{script}.py", *TINY[script].split(), "--seed", "1", "--async-envs"]
+    command += ["--env-id", "tests.probe_envs:BrokenKilled-v0"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert process.stderr == "error: the process of an environment has ended; no checkpoint was saved\n"

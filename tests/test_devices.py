@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -196,6 +197,20 @@ def test_processes_that_do_not_divide(script, flags, monkeypatch):
     monkeypatch.setattr(script, "processes", lambda: (0, 2))
     with pytest.raises(ValueError, match="--num-envs"):
         script.check_args(script.Args(**flags))
+
+
+@pytest.mark.parametrize("script", [vpg_advantage, ppo])
+@pytest.mark.parametrize(("cuda", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_messages_between_processes(script, cuda, backend, monkeypatch):
+    """Batches are gathered in main memory, also where there is a GPU; left to itself, PyTorch would choose NCCL alone
+    on every machine that has one."""
+    asked = Mock(return_value=None)
+    monkeypatch.setattr(script, "processes", lambda: (0, 2))
+    monkeypatch.setattr(script.dist, "init_process_group", asked)
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
+    assert script.pick_device(script.Args(cuda=cuda)).type == ("cuda" if cuda else "cpu")
+    asked.assert_called_once_with(backend)
 
 
 # ====================================================== --compile =====================================================

@@ -148,7 +148,7 @@ def test_seeds_share_the_devices(script):
     code = f"""
 import os, sys
 import jax, numpy as np, {script} as module
-os.cpu_count = lambda: int(sys.argv[1])
+os.sched_getaffinity = lambda _: range(int(sys.argv[1]))
 args = module.Args(num_seeds=4, num_envs=4, total_timesteps=5120, hidden_sizes=(8,), eval_episodes=2)
 state = jax.jit(module.over_seeds(jax.random.PRNGKey, args, module.pick_devices(args)))(np.arange(4, dtype=np.uint32))
 assert len(state.sharding.device_set) == int(sys.argv[1])
@@ -247,7 +247,7 @@ def test_environments_share_the_devices(script):
     code = f"""
 import os, sys
 import jax, numpy as np, {script} as module
-os.cpu_count = lambda: 2
+os.sched_getaffinity = lambda _: range(2)
 flags = dict(num_envs=6, num_steps=64, num_minibatches=2, total_timesteps=3840, hidden_sizes=(8,), eval_episodes=2)
 args = module.Args(**flags, norm_obs=True, norm_reward=True, shard_envs=sys.argv[1] == "2")
 steps, make = [], module.make_train_step
@@ -372,7 +372,7 @@ def test_threads(script, monkeypatch):
         (16, {"num_envs": 256, "hidden_sizes": (8, 8)}, "1"),
         (16, {"cuda": True}, "16"),
     ):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         with jax.default_matmul_precision("float32"):  # as --cuda would set it, for all that comes after
             module.pick_devices(module.Args(**flags))
         assert seen.pop() == threads and "NPROC" not in os.environ, (cores, flags)
@@ -498,6 +498,24 @@ def test_other_time_limit(script):
     for truncated in (0, 0, 1):
         state, *_, found, _ = envs.step(jax.random.PRNGKey(1), state, jnp.zeros(2, int))
         assert found.tolist() == [truncated] * 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_discrete_observations(script):
+    """One-hot, as Gymnasium flattens them, and the last one of an episode too; an id that gymnax alone knows."""
+    module = importlib.import_module(script)
+    envs = module.GymnaxEnvs(module.Args(env_id="FrozenLake-misc"), 8)
+    assert envs.single_observation_space.shape == (16,)
+    step, (state, obs) = jax.jit(envs.step), envs.reset(jax.random.PRNGKey(0))
+    assert obs.dtype == jnp.float32 and np.array_equal(obs, np.eye(16)[[0] * 8])
+    ended = 0
+    for key in jax.random.split(jax.random.PRNGKey(1), 20):
+        state, obs, _, terminated, truncated, info = step(key, state, jnp.arange(8) % 4)
+        final, done = info["final_observation"].argmax(-1), np.maximum(terminated, truncated)
+        assert np.array_equal(info["final_observation"], np.eye(16)[final])
+        assert np.array_equal(obs, np.eye(16)[np.where(done, 0, final)])
+        ended += done.sum()
+    assert ended > 8
 
 
 BROKEN = """

@@ -112,6 +112,8 @@ def test_action_frame(backend, script):
     assert frame.shape == (4,)
     for a, expected in [(-1, [-2, 0, -1, -1]), (0.5, [1.75, 0.75, 0.5, 0.5]), (-7, [-2, 0, -7, -1]), (7, [3, 1, 7, 7])]:
         close(to_env(np.full(4, a, np.float32)), expected)
+    half = gym.spaces.Box(-2, 3, (4,), np.float16)
+    assert getattr(backend, script).action_frame(half)[1](np.full(4, 0.3, np.float32)) in half
     frame, to_env = getattr(backend, script).action_frame(gym.spaces.Discrete(3, start=5))
     assert (frame.n, frame.start) == (3, 0)
     assert [to_env(np.int64(a)) for a in range(3)] == [5, 6, 7]

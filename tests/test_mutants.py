@@ -50,7 +50,7 @@ MUTANTS = [
     (AC + ACJ, "ret = adv + value", "ret = adv"),
     (AC, "agent.value(batch.obs), agent.value(batch.next_obs)", "agent.value(batch.obs), agent.value(batch.obs)"),
     (ACJ, "for x in (obs, next_obs))", "for x in (obs, obs))"),
-    (ACJ, "partial(jnp.mean, axis=0)", "partial(jnp.sum, axis=0)"),
+    (ACJ, "x.mean(0) if mean", "x.sum(0) if mean"),
     (AC + ACJ, 'next_obs[t, ended] = np.stack(info["final_obs"][ended])', "pass"),
     (ACJ, 'action, reward, info["final_observation"], terminated', "action, reward, next_obs, terminated"),
     (AC + ACJ, "return np.array(obs), *map", "return obs, *map"),

@@ -31,7 +31,7 @@ def test_named(script, how, steps, says):
     """An exception says where it is from, on one line; its cause is kept."""
     module = importlib.import_module(script)
     env = module.make_env(module.Args(env_id=f"tests.probe_envs:Broken{how}-v0"), index=7)
-    with pytest.raises(gym.error.Error, match=f"^{says}$") as raised:
+    with pytest.raises(gym.error.Error, match=rf"^{says} \((probe_envs|{script}).py:\d+\)$") as raised:
         env.reset(seed=int(UNLUCKY_SEEDS[0]))
         for _ in range(steps):
             env.step(0)
@@ -70,19 +70,21 @@ def test_check_finite(script, name):
     [(1, "cpu", 1), (4096, "cpu", 1), (5120, "cpu", 10), (4099, "cpu", 1), (5120, "gpu", 1)],  # 4,099 is prime
 )
 def test_in_parts(script, size, backend, parts, monkeypatch):
-    """Every row once, in order, in parts of 256 to 512 of them; all at once where they are few, or on a GPU."""
+    """Every row once, in order or averaged, in parts of 256 to 512; all at once where they are few, or on a GPU."""
     monkeypatch.setattr("jax.default_backend", lambda: backend)
     module, rows = importlib.import_module(script), np.arange(2 * size).reshape(size, 2)
     seen = []
 
     def function(data):
         seen.append(data["a"].shape)
-        return data["a"] + data["b"][:, None], data["b"]
+        return data["a"].sum(1), data["b"]
 
-    in_parts = module.in_parts(function, lambda x: x.reshape(-1, *x.shape[2:]))
-    out = in_parts({"a": rows, "b": rows[:, 0]})
+    data = {"a": rows, "b": rows[:, 0]}
+    total, first = module.in_parts(function, data, mean=False)
     assert seen == [(size // parts, 2)]  # traced once
-    assert np.array_equal(out[0], rows + rows[:, :1]) and np.array_equal(out[1], rows[:, 0])
+    assert np.array_equal(total, rows.sum(1)) and np.array_equal(first, rows[:, 0])
+    mean = module.in_parts(lambda data: data["a"].mean(0), data, mean=True)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-6)
 
 
 @each_jax_script

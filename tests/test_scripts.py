@@ -6,11 +6,13 @@ Nothing here depends on how well an agent learns; what is expected follows from 
 import importlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from unittest.mock import MagicMock
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.probe_envs import ACTIONS, RESETS
@@ -281,6 +284,21 @@ def test_one_seed_for_global_generators(script):
     env = module.make_env(module.Args(env_id=toy("GlobalDice")))
     one, two, other = (env.reset(seed=seed)[0] for seed in (3, 3, 4))
     assert np.array_equal(one, two) and not np.isclose(one, other).any()
+
+
+@each_script
+def test_generators_of_the_caller(script):
+    """A search that draws its settings from a global generator gets new ones after each run, however that ends."""
+    flags = {"env_backend": "gymnasium"} if script.endswith("_jax") else {}
+    generators = (random.random, np.random.random, lambda: torch.rand(()).item())
+    for env_id in ("CartPole-v1", toy("BrokenStep")):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        expected = [[draw() for draw in generators] for _ in range(2)]
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        drawn = [[draw() for draw in generators]]
+        with suppress(gym.error.Error):
+            run(script, env_id=env_id, **flags)
+        assert [*drawn, [draw() for draw in generators]] == expected
 
 
 @each_script

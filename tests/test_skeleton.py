@@ -25,6 +25,7 @@ DIFFERENCES = {
     ("env_id", "help"): {"_jax": "any gymnax or Gymnasium id; module:Id imports the module first"},
     ("num_envs", "help"): {"reinforce": "parallel environments, one episode of each per update (N)"},
     ("total_timesteps", "interval"): {"_jax": "[1, 2000000000]"},  # steps are counted in 32 bits
+    ("max_episode_steps", "interval"): {"_jax": "[1, 100000000]"},
     # tuned for each algorithm
     ("total_timesteps", "default"): {"ppo": 200_000},
     ("learning_rate", "default"): {"ppo": 2e-3},

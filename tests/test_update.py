@@ -503,10 +503,12 @@ def test_minibatches(script, spy):
 
 @ACTOR_CRITIC
 def test_minibatch_of_one(script):
-    """Standardising one advantage, as the smallest minibatch does, leaves the weights finite."""
-    run = Run(script, num_minibatches=48, update_epochs=1)
+    """The smallest minibatch keeps its advantage, which standardised would be 0: the policy learns, by finite steps."""
+    run = Run(script, num_minibatches=48, update_epochs=1, norm_adv=True)
+    before = copy.deepcopy(run.agent)
     run.update(run.rollout())
     assert all(torch.isfinite(p).all() for p in run.agent.parameters())
+    assert not torch.equal(run.agent.actor[0].weight, before.actor[0].weight)
 
 
 @ACTOR_CRITIC
