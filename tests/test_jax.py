@@ -500,6 +500,16 @@ def test_other_time_limit(script):
         assert found.tolist() == [truncated] * 2
 
 
+@pytest.mark.parametrize("script", MOSTLY_SLOW[1:])
+def test_minibatch_of_one(script):
+    """Keeps its advantage, which standardised would be 0: another learning rate makes another policy."""
+    module = importlib.import_module(script)
+    flags = {"num_steps": 4, "num_minibatches": 16, "update_epochs": 1, "norm_adv": True, "total_timesteps": 16}
+    args = (small_args(module, **flags, learning_rate=rate, eval_episodes=0) for rate in (1e-3, 1e-2))
+    one, other = (module.train(a).agent["params"]["actor"]["layers_0"]["kernel"] for a in args)
+    assert np.isfinite(one).all() and not np.array_equal(one, other)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_discrete_observations(script):
     """One-hot, as Gymnasium flattens them, and the last one of an episode too; an id that gymnax alone knows."""
