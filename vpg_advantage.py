@@ -194,7 +194,7 @@ def action_frame(space: gym.Space) -> tuple[gym.Space, Callable]:
 
 
 class Named(gym.Wrapper):
-    """Adds to an exception the number of the environment and of its step. Copies the observation, which a reset may
+    """Adds to an exception the environment, its step and the line at fault. Copies the observation, which a reset may
     overwrite, and drops `info`, which need not stack into one array for all environments."""
 
     def __init__(self, env: gym.Env, index: int | str):
@@ -856,7 +856,7 @@ def train(args: Args) -> Result:
         except ValueError as error:  # the input was checked before
             raise RuntimeError("an error in the script, not in what it was given") from error
         except FAILURES as error:
-            if isinstance(error, EOFError | ConnectionError):  # killed under --async-envs: close() would wait for it
+            if args.async_envs and isinstance(error, EOFError | ConnectionError):  # killed: close() would wait for it
                 for process in envs.processes:
                     process.terminate()
                 envs.closed, error = True, OSError("the process of an environment has ended")
