@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -145,6 +146,7 @@ def finished(tmp_path_factory):
                 patch.setattr(module, "save", save_and_stop)
                 with pytest.raises(SystemExit):
                     run(script, exp_name="half")
+            time.sleep(1)  # a resumed run's log is read after this one by its name, which begins with the second
             runs[script] = Finished(result, here / result.run_dir, next(here.glob("runs/*__half__*")))
         return runs[script]
 
