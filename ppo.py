@@ -396,7 +396,7 @@ class State:
     device: torch.device
     recent_returns: deque  # of the last --return-window episodes
     obs: np.ndarray  # [N, D] current observations
-    running_return: Tensor  # [N] discounted return of each episode in progress, for --norm-reward
+    running_return: Tensor  # [N] the discounted sum of `running_returns` so far, for --norm-reward
     step: int = 0  # environment steps
     iteration: int = 0  # rollouts and updates
 
@@ -822,9 +822,9 @@ FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError,
 def train(args: Args) -> Result:
     """Train one agent, or with --eval-only evaluate it.
 
-    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception of an
-    environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit, when
-    all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for wrong input, before anything is written, and RuntimeError for one that comes later;
+    gymnasium.error.Error for an exception of an environment; FloatingPointError for an observation, reward, loss,
+    gradient or weight that is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     args = plain(args)
     check_args(args)
@@ -838,7 +838,7 @@ def train(args: Args) -> Result:
         torch.random.fork_rng(devices=[]),
         ExitStack() as after,
     ):
-        # the caller may be drawing the next settings from the global generators, which environments may use too
+        # put back at the end: the caller may be drawing the next settings from these generators
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(args.seed)

@@ -501,7 +501,7 @@ class State(NamedTuple):
     key: Array  # PRNG key of the training, split at every use
     env: Any  # states of the gymnax environments, None on the host
     obs: Array  # [N, D] current observations
-    running_return: Array  # [N] discounted return of each episode in progress, for --norm-reward
+    running_return: Array  # [N] the discounted sum of `running_returns` so far, for --norm-reward
     step: Array  # environment steps
     iteration: Array  # rollouts and updates
 
@@ -1089,9 +1089,9 @@ FAILURES = (FloatingPointError, gym.error.Error, OSError, EOFError, MemoryError,
 def train(args: Args) -> Result:
     """Train one agent, or --num-seeds of them, or with --eval-only evaluate.
 
-    Raises ValueError for wrong input, before anything is written; gymnasium.error.Error for an exception of an
-    environment; FloatingPointError for an observation, reward, loss or gradient that is not finite; SystemExit, when
-    all is saved, after Ctrl-C (130) or SIGTERM (143).
+    Raises ValueError for wrong input, before anything is written, and RuntimeError for one that comes later;
+    gymnasium.error.Error for an exception of an environment; FloatingPointError for an observation, reward, loss,
+    gradient or weight that is not finite; SystemExit, when all is saved, after Ctrl-C (130) or SIGTERM (143).
     """
     args = plain(args)
     check_args(args)
@@ -1108,7 +1108,7 @@ def train(args: Args) -> Result:
         jax.set_mesh(jax.sharding.Mesh(devices, "envs")) if args.shard_envs else nullcontext(),
         ExitStack() as after,
     ):
-        # the caller may be drawing the next settings from the global generators, which environments may use too
+        # put back at the end: the caller may be drawing the next settings from these generators
         after.callback(random.setstate, random.getstate())
         after.callback(np.random.set_state, np.random.get_state())
         agent = make_agent(envs, args)
