@@ -27,9 +27,8 @@ A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t be
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
-In JAX all that training changes is one value, State, that pure functions take and return, and vmap makes S agents of
-one. Where the environment is written in JAX, several iterations of rollout and update are one compiled program;
-environments of Gymnasium are stepped by Python between compiled functions.
+All that training changes is one value, State, which pure functions take and return; vmap makes S agents of one. Rollout
+and update are one compiled program if the environment is written in JAX; Gymnasium's are stepped by Python.
 
 Shapes: S = num_seeds, T = num_steps, N = num_envs; D and A are the sizes of an observation and a Box action.
 
@@ -149,7 +148,7 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
             env.reset()
             env.render()  # what cannot be filmed fails now, before training
             env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
-        return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+        return gym.wrappers.FlattenObservation(env)
 
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, video_dir and i == 0) for i in range(args.num_seeds * num_envs)]
@@ -168,29 +167,31 @@ class GymnaxEnv:
         self.action_space = gymnax_space_to_gym_space(self.env.action_space(self.params))
         self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
 
-    def reset(self, key: Array) -> tuple[Any, Array]:
-        """-> state, obs [D]."""
+    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
         obs, state = self.env.reset_env(key, self.params)
         return state, obs.ravel()
 
-    def step(self, key: Array, state: Any, action: Array) -> tuple[Any, Array, Array, Array, Array]:
-        """-> state, obs [D], reward, terminated, truncated."""
+    def step(self, key: Array, state: Any, action: Array) -> tuple:  # state, obs [D], reward, terminated, truncated
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         return state, obs.ravel(), reward, terminated, state.time >= self.max_steps
 
 
 def make_jax_env(args: Args) -> Any:
-    """The environment written in JAX, made by make_jax_env(Id) of the module or of gymnax; None: Gymnasium steps it."""
-    start_jax(args)
-    import gymnax  # not before: it starts JAX
+    """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of a GPU's memory
+    with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+        jax.config.update("jax_platforms", None if args.cuda else "cpu")
+    if args.env_backend == "gymnasium":
+        return None
+    import gymnax
 
     module, _, name = args.env_id.rpartition(":")
     make = GymnaxEnv if name in gymnax.registered_envs or args.env_backend == "jax" else None
     make = getattr(importlib.import_module(module or "gymnax"), "make_jax_env", make)
-    if make is None or args.env_backend == "gymnasium":
-        return None
-    env = make(name)
-    env.max_steps = args.max_episode_steps or env.max_steps
+    env = make(name) if make else None
+    if env and args.max_episode_steps:
+        env.max_steps = args.max_episode_steps
     return env
 
 
@@ -239,12 +240,12 @@ class Agent(nn.Module):
         """V(s): [..., D] -> [...]."""
         return self.critic(obs).squeeze(-1)
 
-    def act(self, obs: Array, key: Array | None) -> Array:
-        """A sampled action, without key the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+    def act(self, obs: Array, key: Array, greedy: bool = False) -> Array:
+        """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs)
         if self.discrete:
-            return out.argmax(-1) if key is None else jax.random.categorical(key, out)
-        return out if key is None else out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
+            return out.argmax(-1) if greedy else jax.random.categorical(key, out)
+        return out if greedy else out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
     def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
@@ -268,7 +269,6 @@ class Batch(NamedTuple):
     next_obs: Array  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
     terminated: Array  # [T, N] the task itself ended
     done: Array  # [T, N] terminated, or truncated by a time limit
-    episode: Array  # [T, N, 2] undiscounted return and length of the episode so far
 
 
 class State(NamedTuple):
@@ -283,7 +283,7 @@ class State(NamedTuple):
     step: Array  # environment steps so far
     env_state: Any  # of the N environments, if they are written in JAX
     obs: Array  # [N, D] current observations
-    episode: Array  # [N, 2] undiscounted return and length of the episode so far
+    episode: Array  # [N, 2] undiscounted return and length of the episode so far, if it is not over
 
 
 # ==== Math ====
@@ -343,16 +343,10 @@ def approx_kl(logp: Array, logp_old: Array) -> Array:
 
 
 # ==== Rollout ====
-def act(state: State, obs: Array, key: Array | None, agent: Agent, args: Args) -> Array:
-    """Actions of the agent in `state`, without key the most likely ones: [..., D] -> [...] or [..., A]."""
+def act(state: State, obs: Array, key: Array, agent: Agent, args: Args, greedy: bool = False) -> Array:
+    """Actions of the agent in `state`: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
     obs = state.obs_stats.normalize(obs) if args.norm_obs else obs
-    return agent.apply({"params": state.params}, obs, key, method="act")
-
-
-def reset(state: State, key: Array, env: Any, num_envs: int) -> State:
-    """The state at the start of N new episodes."""
-    env_state, obs = jax.vmap(env.reset)(jax.random.split(key, num_envs))
-    return state._replace(env_state=env_state, obs=obs, episode=jnp.zeros((num_envs, 2)))
+    return agent.apply({"params": state.params}, obs, key, greedy, method="act")
 
 
 def rollout(state: State, agent: Agent, env: Any, args: Args, num_steps: int, greedy: bool) -> tuple[State, Batch]:
@@ -361,32 +355,31 @@ def rollout(state: State, agent: Agent, env: Any, args: Args, num_steps: int, gr
 
     def play(state, _):
         key, act_key, step_key, reset_key = jax.random.split(state.key, 4)
-        action = act(state, state.obs, None if greedy else act_key, agent, args)
+        action = act(state, state.obs, act_key, agent, args, greedy)
         step_keys, env_action = jax.random.split(step_key, len(action)), to_env(env.action_space, action)
         env_state, next_obs, reward, terminated, truncated = jax.vmap(env.step)(step_keys, state.env_state, env_action)
-        done, episode = terminated | truncated, state.episode + jnp.stack([reward, jnp.ones_like(reward)], -1)
-        row = Batch(state.obs, action, reward, next_obs, terminated, done, episode)
+        done = terminated | truncated
+        row = Batch(state.obs, action, reward, next_obs, terminated, done)
         # where an episode ended, the next one begins
-        new, old = reset(state, reset_key, env, len(done)), (env_state, next_obs, episode)
+        fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
         choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        env_state, obs, episode = choose(done, (new.env_state, new.obs, new.episode), old)
-        return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
+        env_state, obs = choose(done, fresh, (env_state, next_obs))
+        return state._replace(key=key, env_state=env_state, obs=obs), row
 
     return jax.lax.scan(play, state, length=num_steps)
 
 
 def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
-    """The same in S x N environments of Gymnasium, by Python around a compiled `act`. Arrays have an axis S in front."""
+    """The same in environments of Gymnasium, by Python around a compiled `act`. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S]
     rows, shape, obs, player = [], state.obs.shape, np.concatenate(state.obs), state._replace(opt_state=None)
     for act_key in keys[1:]:
         action = np.concatenate(np.asarray(act(player, obs.reshape(shape), act_key)))
         new_obs, reward, terminated, truncated, info = envs.step(to_env(envs.single_action_space, action))
-        next_obs, episode = new_obs.copy(), np.zeros((len(obs), 2))
+        next_obs = new_obs.copy()
         if "final_obs" in info:  # where an episode ended, `new_obs` is already the first observation of the next one
             next_obs[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
-            episode = np.stack([info["final_info"]["episode"][key] for key in ("r", "l")], -1)
-        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated, episode))
+        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated))
         obs = new_obs.astype(np.float32)
     columns = (np.stack(column).astype(np.float32) for column in zip(*rows))
     batch = Batch(*(x.reshape(num_steps, *shape[:2], *x.shape[2:]).swapaxes(0, 1) for x in columns))
@@ -410,9 +403,7 @@ def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args
     return loss, metrics
 
 
-def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam's step from clipped gradients; `update` multiplies it by the learning rate."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
 
 
 def shuffle(key: Array, size: int) -> Array:
@@ -425,7 +416,7 @@ def shuffle(key: Array, size: int) -> Array:
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
     """Epochs of minibatch gradient descent on one batch. Returns also the means of what to log."""
-    obs, action, reward, next_obs, terminated, done, _ = batch
+    obs, action, reward, next_obs, terminated, done = batch
     if args.norm_obs:
         obs, next_obs = state.obs_stats.normalize(obs), state.obs_stats.normalize(next_obs)
     if args.norm_reward:
@@ -442,10 +433,11 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     def descend(learner, rows):
         params, opt_state = learner
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, tuple(x[rows] for x in data), agent, args)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        direction, opt_state = make_optimizer(args).update(grads, opt_state)
+        norm = optax.global_norm(grads)
+        grads = jax.tree.map(lambda x: x * jnp.minimum(1, args.max_grad_norm / norm), grads)
+        direction, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda x, dx: x - lr * dx, params, direction)
-        return (params, opt_state), metrics
+        return (params, opt_state), metrics | {"grad_norm": norm}
 
     def epoch(carry, key):
         learner, going = carry
@@ -453,8 +445,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         new_learner, metrics = jax.lax.scan(descend, learner, rows)
         metrics = jax.tree.map(jnp.mean, metrics)
         learner = jax.tree.map(partial(jnp.where, going), new_learner, learner)
-        goes_on = going & (metrics["approx_kl"] <= (args.target_kl or math.inf))
-        return (learner, goes_on), (metrics, going)
+        return (learner, going & (metrics["approx_kl"] <= (args.target_kl or math.inf))), (metrics, going)
 
     key, *keys = jax.random.split(state.key, args.update_epochs + 1)
     carry = (state.params, state.opt_state), jnp.array(True)
@@ -467,57 +458,45 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
 
 # ==== Training ====
-def start_jax(args: Args) -> None:
-    """Make the GPUs, or the cores of the CPU, JAX's devices. It starts once in a process: the first call decides."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of a GPU's memory
-    with suppress(RuntimeError):  # it has started
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
-        jax.config.update("jax_platforms", None if args.cuda else "cpu")
-
-
-def over_seeds(function: Callable, devices: list[jax.Device]) -> Callable:
-    """Compile `function` of one agent for S of them, spread over the devices, which never wait for each other."""
-    mesh, spec = Mesh(devices, "seeds"), PartitionSpec("seeds")
-    return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-
-
-def init_state(seed: Array, agent: Agent, env: Any, obs_size: int, args: Args) -> State:
+def init_state(seed: Array, agent: Agent, env: Any, obs: Array, args: Args) -> State:
     """The agent of `seed` before its first step."""
     key, params_key, env_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-    obs, zeros = jnp.zeros((args.num_envs, obs_size)), jnp.zeros(args.num_envs)
-    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.act(obs, None), agent.value(obs)))["params"]
-    stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs_size, 1)]
-    state = State(params, make_optimizer(args).init(params), *stats, zeros, key, jnp.int32(0), None, obs, None)
-    return reset(state, env_key, env, args.num_envs) if env else state
+    env_state, zeros = None, jnp.zeros(args.num_envs)
+    if env:
+        env_state, obs = jax.vmap(env.reset)(jax.random.split(env_key, args.num_envs))
+    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.act(obs, key), agent.value(obs)))["params"]
+    stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs.shape[1], 1)]
+    opt_state, episode = optimizer.init(params), jnp.zeros((args.num_envs, 2))
+    return State(params, opt_state, *stats, zeros, key, jnp.int32(0), env_state, obs, episode)
 
 
-def reset_on_host(envs: gym.vector.VectorEnv, step: int, args: Args) -> np.ndarray:
-    """First observations, [S, N, D], by seeds that each agent's seed and the step decide."""
-    sequences = [np.random.SeedSequence([args.seed + i, step]) for i in range(args.num_seeds)]
-    seeds = np.concatenate([x.generate_state(envs.num_envs // args.num_seeds) for x in sequences])
-    obs, _ = envs.reset(seed=seeds.tolist())
-    return obs.reshape(args.num_seeds, -1, obs.shape[1]).astype(np.float32)
+def reset_on_host(state: State, envs: gym.vector.VectorEnv) -> State:
+    """The state of S agents at the start of S x N new episodes, by seeds that the agents' keys decide."""
+    num_envs = envs.num_envs // len(state.key)
+    seeds = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 0), (num_envs,)))(state.key)
+    obs, _ = envs.reset(seed=np.concatenate(np.asarray(seeds)).tolist())
+    return state._replace(obs=obs.reshape(len(seeds), num_envs, -1).astype(np.float32))
 
 
 def evaluate(state: State, agent: Agent, env: Any, envs: gym.vector.VectorEnv | None, args: Args) -> np.ndarray:
     """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
     greedy = not args.eval_sample
+    state = state._replace(key=jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key))  # not those of training
 
     def play(state):
-        key, env_key = jax.random.split(jax.random.fold_in(state.key, 2**31))
-        state = reset(state._replace(key=key), env_key, env, args.eval_episodes)
+        env_state, obs = jax.vmap(env.reset)(jax.random.split(state.key, args.eval_episodes))
+        state = state._replace(env_state=env_state, obs=obs)
         _, batch = rollout(state, agent, env, args, env.max_steps, greedy)
-        return batch.reward, batch.done
+        return batch._replace(obs=None, next_obs=None)  # they may be large
 
     if envs:
-        policy = jax.jit(jax.vmap(lambda state, obs, key: act(state, obs, None if greedy else key, agent, args)))
-        state = state._replace(obs=reset_on_host(envs, 2**32, args))
-        _, batch = rollout_on_host(state, policy, envs, envs.get_attr("spec")[0].max_episode_steps or 10_000)
-        reward, done = batch.reward, batch.done
+        policy = jax.jit(jax.vmap(partial(act, agent=agent, args=args, greedy=greedy)))
+        time_limit = envs.get_attr("spec")[0].max_episode_steps or 10_000
+        _, batch = rollout_on_host(reset_on_host(state, envs), policy, envs, time_limit)
     else:
-        reward, done = jax.device_get(jax.jit(jax.vmap(play))(state))
-    first_episode = np.cumsum(done, 1) - done == 0  # [S, T, eval_episodes]
-    return (reward * first_episode).sum(1)
+        batch = jax.device_get(jax.jit(jax.vmap(play))(state))
+    first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
+    return (batch.reward * first_episode).sum(1)
 
 
 class Result(NamedTuple):
@@ -546,40 +525,45 @@ def train(args: Args) -> Result:
         print("warning: --cuda: no GPU found, training on the CPU")
     envs = None if env else make_envs(args, args.num_envs)
     agent = Agent(env.action_space if env else envs.single_action_space, args)
-    obs = jax.eval_shape(env.reset, jax.random.PRNGKey(0))[1] if env else envs.single_observation_space
-    init = partial(init_state, agent=agent, env=env, obs_size=obs.shape[0], args=args)
+    obs = None if env else jnp.zeros((args.num_envs, *envs.single_observation_space.shape))
+    init = partial(init_state, agent=agent, env=env, obs=obs, args=args)
     seeds = np.arange(args.seed, args.seed + args.num_seeds)
     state = jax.jit(partial(jax.lax.map, init))(seeds)  # one by one: a batch of QR decompositions can deadlock a CPU
     leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
-    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds  # of each agent's episodes
+    saved = {"leaves": leaves, "returns": [np.zeros(0)] * len(seeds), "steps": [np.zeros(0, int)] * len(seeds)}
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
-        saved = {"leaves": leaves, "returns": returns, "steps": steps}
         saved = serialization.from_bytes(saved, (run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
         if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
             raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
-        leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
-    state = jax.tree.unflatten(tree, leaves)
-    state = jax.device_put(state, NamedSharding(Mesh(devices, "seeds"), PartitionSpec("seeds")))
-    step, eval_envs, video_dir = int(state.step[0]), None, run_dir / "videos" if args.capture_video else None
-    if args.eval_episodes and (envs or video_dir):
-        eval_envs = make_envs(args, args.eval_episodes, video_dir)
+    returns, steps = saved["returns"], saved["steps"]  # of each agent's episodes
+    mesh, spec = Mesh(devices, "seeds"), PartitionSpec("seeds")
+    state = jax.device_put(jax.tree.unflatten(tree, saved["leaves"]), NamedSharding(mesh, spec))
+    # each device has some of the agents and never waits for the others
+    over_seeds = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
+    on_host = args.eval_episodes and (envs or video_dir)
+    eval_envs = make_envs(args, args.eval_episodes, video_dir) if on_host else None
     remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python takes 1 ms for each call, a third of a small iteration
     length = max(k for k in range(1, 17) if remaining % k == 0) if env else 1
 
     def learn(state, batch):
-        state, metrics = update(state, batch, agent, args)
-        return state, (batch.done, batch.episode, metrics)
+        earned = jnp.stack([batch.reward, jnp.ones_like(batch.reward)], -1)
+        episode, carry = running_returns(earned, batch.done[..., None], state.episode, 1.0)
+        state, metrics = update(state._replace(episode=carry), batch, agent, args)
+        return state, (batch.done, episode, metrics)
+
+    def iterate(state, _):
+        return learn(*rollout(state, agent, env, args, args.num_steps, greedy=False))
 
     if env:
-        iterate = lambda state, _: learn(*rollout(state, agent, env, args, args.num_steps, greedy=False))
-        run = over_seeds(lambda state: jax.lax.scan(iterate, state, length=length), devices)
+        run = jax.jit(over_seeds(jax.vmap(lambda state: jax.lax.scan(iterate, state, length=length))))
     else:
-        state = state._replace(obs=reset_on_host(envs, step, args))
-        policy, learn_all = over_seeds(partial(act, agent=agent, args=args), devices), over_seeds(learn, devices)
-        run = lambda state: learn_all(*rollout_on_host(state, policy, envs, args.num_steps))
+        state = reset_on_host(state, envs)
+        policy = jax.jit(over_seeds(jax.vmap(partial(act, agent=agent, args=args))))
+        learn = jax.jit(over_seeds(jax.vmap(learn)))
 
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
@@ -588,18 +572,16 @@ def train(args: Args) -> Result:
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
         lr = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
-        state, outcome = run(state)
+        state, outcome = run(state) if env else learn(*rollout_on_host(state, policy, envs, args.num_steps))
         done, episode, metrics = jax.device_get(outcome)
         iteration += length
         if not all(np.isfinite(x).all() for x in metrics.values()):
             raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
 
-        done = done.reshape(args.num_seeds, -1, args.num_envs)
-        episode = episode.reshape(*done.shape, 2)
         for i in range(args.num_seeds):
-            t, n = np.nonzero(done[i])
-            returns[i] = np.concatenate([returns[i], episode[i, t, n, 0]])
-            steps[i] = np.concatenate([steps[i], step + (t + 1) * args.num_envs])
+            ended = np.flatnonzero(done[i])
+            returns[i] = np.concatenate([returns[i], episode[i].reshape(-1, 2)[ended, 0]])
+            steps[i] = np.concatenate([steps[i], step + (ended // args.num_envs + 1) * args.num_envs])
         step += length * args.batch_size
         scalars = {f"losses/{name}": x.mean() for name, x in metrics.items()} | {"charts/learning_rate": lr}
         scalars["charts/SPS"] = args.num_seeds * (step - first_step) / (time.perf_counter() - start_time)
@@ -625,10 +607,10 @@ def train(args: Args) -> Result:
     for opened in filter(None, (envs, eval_envs, writer)):
         opened.close()
     print(run_dir)
-    result = state.params, returns, steps, eval_returns
-    if args.num_seeds == 1:
-        result = jax.tree.map(lambda x: x[0], state.params), returns[0], steps[0], eval_returns[0]
-    return Result(*result, run_dir, state)
+    if args.num_seeds > 1:
+        return Result(state.params, returns, steps, eval_returns, run_dir, state)
+    params = jax.tree.map(lambda x: x[0], state.params)
+    return Result(params, returns[0], steps[0], eval_returns[0], run_dir, state)
 
 
 def saved_args(run_dir: Path) -> Args:
