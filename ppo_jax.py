@@ -603,7 +603,7 @@ def train(args: Args) -> Result:
         eval_returns = evaluate(state, agent, env, eval_envs, args)
         writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
         for seed, x in zip(seeds, eval_returns):
-            print(f"seed {seed}: evaluation {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
+            print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
     for opened in filter(None, (envs, eval_envs, writer)):
         opened.close()
     print(run_dir)

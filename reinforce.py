@@ -62,11 +62,11 @@ class Args:
     seed: int = 1  # fixes every random number
     total_timesteps: int = 300_000  # environment steps in all
     cuda: bool = False  # use the GPU; with few environments the CPU is faster
-    compile: bool = False  # torch.compile the loss: slow to start, then faster
-    async_envs: bool = False  # a process per environment, for slow ones
+    compile: bool = False  # compile the loss: slow to start, then faster
+    async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
-    resume: Path | None = None  # run folder to continue; a finished run is evaluated
+    resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
     eval_sample: bool = False  # with sampled, not the most likely actions
     return_window: int = 100  # episodes in the mean return
@@ -104,12 +104,11 @@ class Args:
 
 # ==== Environment ====
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
-    """Observations are flat, [D]. Discrete actions count from 0; Box actions are clipped, after [-1, 1] is mapped to
-    the bounds in each dimension that has two."""
+    """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
         env.reset()
-        env.render()  # what cannot be filmed fails now, before training
+        env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
     space = env.action_space
@@ -124,7 +123,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 # ==== Networks ====
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with zero biases and orthogonal weights of gain sqrt 2, in the last layer `gain`."""
+    """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
@@ -240,7 +239,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
 # ==== Training ====
 @torch.inference_mode()
 def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
-    """Undiscounted returns of whole episodes, from seeds that training never uses."""
+    """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
@@ -265,14 +264,14 @@ class Result(NamedTuple):
 
 
 def finished(step: int, returns: list[float], args: Args) -> bool:
-    """Whether all steps are done, or a full window of returns averages --target-return or more."""
+    """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
     return step >= args.total_timesteps or solved
 
 
 def train(args: Args) -> Result:
-    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for a loss that is not finite."""
+    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
@@ -283,7 +282,7 @@ def train(args: Args) -> Result:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    step, returns, steps = 0, [], []  # the return of each finished episode, and the step at which it ended
+    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
@@ -339,7 +338,7 @@ def train(args: Args) -> Result:
 
 
 def saved_args(run_dir: Path) -> Args:
-    """The flags of a run, to resume it: train(saved_args(run_dir))."""
+    """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})
 

@@ -17,13 +17,10 @@ stands in for rewards further ahead, which lowers the variance again, at some bi
 
     grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
 
-with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. E_t is the mean
-over the steps of a batch; REINFORCE's sum over an episode is that times a number, the mean episode length.
+with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. The gradient is
+that of the policy that played the batch, so one step per batch is the default; ppo.py is about taking many.
 A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t being the observation at the cut. Only
 `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum.
-
-This gradient holds for the policy that played the batch, so only for the first step of an update, and one step is the
-default; ppo.py is about taking many.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -62,11 +59,11 @@ class Args:
     seed: int = 1  # fixes every random number
     total_timesteps: int = 300_000  # environment steps in all
     cuda: bool = False  # use the GPU; with few environments the CPU is faster
-    compile: bool = False  # torch.compile the loss: slow to start, then faster
-    async_envs: bool = False  # a process per environment, for slow ones
+    compile: bool = False  # compile the loss: slow to start, then faster
+    async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
-    resume: Path | None = None  # run folder to continue; a finished run is evaluated
+    resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
     eval_sample: bool = False  # with sampled, not the most likely actions
     return_window: int = 100  # episodes in the mean return
@@ -116,12 +113,11 @@ class Args:
 
 # ==== Environment ====
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
-    """Observations are flat, [D]. Discrete actions count from 0; Box actions are clipped, after [-1, 1] is mapped to
-    the bounds in each dimension that has two."""
+    """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
         env.reset()
-        env.render()  # what cannot be filmed fails now, before training
+        env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
     space = env.action_space
@@ -136,7 +132,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 # ==== Networks ====
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with zero biases and orthogonal weights of gain sqrt 2, in the last layer `gain`."""
+    """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
@@ -147,7 +143,7 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows seen, merged a batch at a time (Chan et al. 1979)."""
+    """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -260,8 +256,8 @@ def value_loss(value: Tensor, ret: Tensor) -> Tensor:
 # ==== Rollout ====
 @torch.inference_mode()
 def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Args) -> tuple[Batch, np.ndarray]:
-    """Play T steps in every environment from `obs`, [N, D], and return the ones to go on from. Only actions are
-    computed here; all else that the update needs is computed afterwards in one pass over the batch."""
+    """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
+    computed here, all else that the update needs afterwards in one pass over the batch."""
     device, rows = next(agent.parameters()).device, []
     for _ in range(args.num_steps):
         action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device)).cpu().numpy()
@@ -290,7 +286,7 @@ def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Te
 
 
 def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
-    """Epochs of minibatch gradient descent on one batch. Returns the means of what to log."""
+    """Epochs of minibatch gradient descent on a batch. Returns means of what to log."""
     device = next(agent.parameters()).device
     obs, action, reward, next_obs, terminated, done, _ = (torch.as_tensor(x, device=device) for x in batch)
     with torch.no_grad():
@@ -312,7 +308,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(metrics)
-    if args.norm_obs:  # not before: the policy that learned had to be the one that played
+    if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
     metrics = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
     unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
@@ -322,7 +318,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
 # ==== Training ====
 @torch.inference_mode()
 def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
-    """Undiscounted returns of whole episodes, from seeds that training never uses."""
+    """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
@@ -347,14 +343,14 @@ class Result(NamedTuple):
 
 
 def finished(step: int, returns: list[float], args: Args) -> bool:
-    """Whether all steps are done, or a full window of returns averages --target-return or more."""
+    """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
     return step + args.batch_size > args.total_timesteps or solved
 
 
 def train(args: Args) -> Result:
-    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for a loss that is not finite."""
+    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda and device.type == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
@@ -365,7 +361,7 @@ def train(args: Args) -> Result:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    step, returns, steps = 0, [], []  # the return of each finished episode, and the step at which it ended
+    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
@@ -421,7 +417,7 @@ def train(args: Args) -> Result:
 
 
 def saved_args(run_dir: Path) -> Args:
-    """The flags of a run, to resume it: train(saved_args(run_dir))."""
+    """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})
 

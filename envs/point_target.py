@@ -1,5 +1,5 @@
 """PointTarget-v0: walk to a target on a line or a square of cells. From a university course's assignment on policy
-gradients, and the example of bringing an environment of one's own; point_target_jax.py is the same for gymnax.
+gradients, and the example of bringing an environment of one's own, with Gymnasium and, for the JAX scripts, in JAX.
 
 The course prints: a line of ten cells, a random start and a random target, episodes of 20 steps, the moves -1, 0 and
 +1, an observation of two numbers, the position and the target; that two dimensions are possible; and its results, by
@@ -15,8 +15,6 @@ The best possible return, over random starts and targets on ten cells, is -0.66 
 follows that one could bootstrap from.
 """
 
-import sys
-
 import gymnasium as gym
 import numpy as np
 
@@ -28,8 +26,6 @@ class PointTarget(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012, it is Gymnasium's
 
     def __init__(self, grid_size=10, dimensions=1, episode_length=20, render_mode=None):
-        if dimensions not in (1, 2):
-            raise ValueError(f"dimensions {dimensions}: 1 or 2")
         self.grid_size, self.dimensions, self.episode_length = grid_size, dimensions, episode_length
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(0, grid_size - 1, (2 * dimensions,), np.float32)
@@ -62,5 +58,23 @@ class PointTarget(gym.Env):
 
 gym.register("PointTarget-v0", PointTarget)  # no max_episode_steps: REINFORCE takes --max-episode-steps 20
 
-if "jax" in sys.modules:  # a JAX script asks; gymnax takes seconds to import, which nobody else should wait for
-    import envs.point_target_jax  # noqa: F401
+
+def make_jax_env(name: str):
+    """The line of ten cells for the compiled program of the JAX scripts, with the members of their GymnaxEnv."""
+    import jax.numpy as jnp  # here, for ppo.py and its like need no JAX
+    from jax.random import randint
+
+    class JaxPointTarget:
+        action_space, max_steps = gym.spaces.Discrete(3), 20
+
+        def reset(self, key):
+            places = randint(key, (2,), 0, 10)
+            return (places, 0), places.astype(jnp.float32)
+
+        def step(self, key, state, action):
+            (position, target), time = state
+            places = jnp.array([(position + action - 1).clip(0, 9), target])
+            reward = -jnp.abs(places[0] - places[1]) / 10
+            return (places, time + 1), places.astype(jnp.float32), reward, time + 1 >= 20, jnp.array(False)
+
+    return JaxPointTarget()

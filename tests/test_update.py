@@ -1,11 +1,9 @@
 """Agent, rollout and update of the PyTorch scripts: what enters the losses, what leaves them, the estimator itself."""
 
 import copy
-import dataclasses
 import math
-from collections import deque
-from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -28,38 +26,35 @@ class Run:
 
     def __init__(self, script, env_id="CartPole-v1", **flags):
         small = {"num_envs": 3} if script is reinforce else {"num_envs": 3, "num_steps": 16, "norm_reward": False}
-        self.script = script
-        self.args = script.Args(env_id=env_id, **{"anneal_lr": False, **small, **flags})
+        self.script, self.seeds = script, 0
+        self.args = script.Args(env_id=env_id, **{**small, **flags})
         torch.manual_seed(self.args.seed)
-        self.envs = script.make_envs(self.args)
-        agent = script.Agent(self.envs, self.args)
-        optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5)
-        extra = {}
+        env_fns = [lambda: script.make_env(self.args)] * self.args.num_envs
+        self.envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        self.agent = script.Agent(self.envs, self.args)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=self.args.learning_rate, eps=1e-5)
         if script is not reinforce:
-            seeds = script.env_seeds(self.args.seed, 0, self.args.num_envs)
-            extra = {"obs": self.envs.reset(seed=seeds)[0], "running_return": torch.zeros(self.args.num_envs)}
-        device, recent_returns = torch.device("cpu"), deque(maxlen=100)
-        self.state = script.State(agent, agent.act, script.backward, optimizer, device, recent_returns, **extra)
-        self.agent = agent
+            self.obs, _ = self.envs.reset(seed=list(range(self.args.num_envs)))
 
     def rollout(self):
-        self.state, batch = self.script.rollout(self.state, self.envs, self.args)
-        self.state.step = int(batch.step[-1])
+        if self.script is reinforce:  # new episodes each time
+            self.seeds += self.args.num_envs
+            seeds = list(range(self.seeds - self.args.num_envs, self.seeds))
+            return reinforce.rollout(self.agent, self.envs, seeds, self.args)
+        batch, self.obs = self.script.rollout(self.agent, self.envs, self.obs, self.args)
         return batch
 
     def update(self, batch):
-        self.state, metrics = self.script.update(self.state, batch, self.args)
-        return metrics
+        return self.script.update(self.agent, self.optimizer, self.script.loss_fn, batch, self.args)
 
     def gradients(self, batch):
         """All gradients as one vector, for each optimizer step of an update, and what the update logs."""
         seen = []
 
         def record(optimizer, *_):
-            grads = (p.grad for group in optimizer.param_groups for p in group["params"])
-            seen.append(torch.cat([g.flatten() for g in grads]).clone())
+            seen.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]))
 
-        handle = self.state.optimizer.register_step_pre_hook(record)
+        handle = self.optimizer.register_step_pre_hook(record)
         metrics = self.update(batch)
         handle.remove()
         return seen, metrics
@@ -94,14 +89,7 @@ def close(actual, expected, tol=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=tol, atol=tol)
 
 
-def scalars(run_dir, tag):
-    """[(step, value), ...] of a TensorBoard tag."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-# ====================================================== Rollout =======================================================
+# ==== Rollout ====
 
 
 @ACTOR_CRITIC
@@ -110,10 +98,7 @@ def test_no_row_joins_two_episodes(script):
     stopped: next-step autoreset, or the reset observation taken for the final one."""
     run = Run(script, TOY + "Ledger-v0", num_envs=4, num_steps=25)
     first, second = run.rollout(), run.rollout()
-    obs, next_obs, reward, terminated, truncated, done = (
-        np.concatenate([getattr(first, name), getattr(second, name)])
-        for name in ("obs", "next_obs", "reward", "terminated", "truncated", "done")
-    )
+    obs, _, reward, next_obs, terminated, done, played = map(np.concatenate, zip(first, second))
     episode, now = obs[..., 1], obs[..., 2]
     assert not (next_obs[..., 0] == RESET).any()
     assert np.array_equal(obs[..., 0] == RESET, now == 0)
@@ -124,30 +109,22 @@ def test_no_row_joins_two_episodes(script):
     assert np.array_equal(obs[1:, :, 1] - episode[:-1], done[:-1])  # the next episode follows each end, none is lost
 
     natural = now + 1 == 1 + 3 * episode % 7  # where the environment, not its limit of 5 steps, ends
+    truncated = (natural & (episode % 3 != 0)) | (now + 1 == 5)
     assert np.array_equal(terminated, natural & (episode % 3 != 1))
-    assert np.array_equal(truncated, (natural & (episode % 3 != 0)) | (now + 1 == 5))
-    kinds = {tuple(kind) for kind in np.stack([terminated, truncated, done], -1).reshape(-1, 3)}
-    assert kinds == {(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)}
+    assert np.array_equal(done, (terminated == 1) | truncated)
+    kinds = {tuple(kind) for kind in np.stack([terminated, truncated], -1).reshape(-1, 2)}
+    assert kinds == {(0, 0), (1, 0), (0, 1), (1, 1)}
 
-
-@ACTOR_CRITIC
-def test_episode_statistics_of_a_batch(script):
-    """Return and length stand in the row that ended the episode, for episodes that a batch cuts as well."""
-    run = Run(script, TOY + "Ledger-v0", num_envs=4, num_steps=25)
-    run.rollout()
-    batch = run.rollout()
-    episode, length = batch.obs[..., 1], batch.next_obs[..., 2]
-    assert np.array_equal(batch.episode_length, length * batch.done)
-    assert np.array_equal(batch.episode_return, (100 * episode * length + length * (length + 1) / 2) * batch.done)
-    assert np.array_equal(batch.step, 100 + 4 * np.arange(1, 26))
+    length = next_obs[..., 2]  # return and length stand in the row that ended the episode
+    assert np.array_equal(played[..., 1], length * done)
+    assert np.array_equal(played[..., 0], (100 * episode * length + length * (length + 1) / 2) * done)
 
 
 def test_reinforce_plays_one_whole_episode_per_environment():
-    """Each column is one episode, first step to last, then masked; only its steps count. Taking the first N episodes
-    to finish would favour short ones."""
+    """Each column is one episode, first step to last, then masked. Taking the first N episodes to finish would favour
+    short ones."""
     run = Run(reinforce, TOY + "Ledger-v0", num_envs=7)
     for _ in range(3):
-        before = run.state.step
         batch = run.rollout()
         length = batch.mask.sum(0).astype(int)
         episode = batch.obs[0, :, 1]
@@ -160,10 +137,8 @@ def test_reinforce_plays_one_whole_episode_per_environment():
             assert np.array_equal(batch.obs[:steps, n, 2], np.arange(steps))
             assert np.array_equal(batch.obs[:steps, n, 0] == RESET, np.arange(steps) == 0)
             assert np.array_equal(batch.reward[:steps, n], 100 * episode[n] + np.arange(1, steps + 1))
-            assert batch.episode_length[steps - 1, n] == steps
-            assert batch.episode_return[steps - 1, n] == batch.reward[:steps, n].sum()
+            assert batch.episode[steps - 1, n].tolist() == [batch.reward[:steps, n].sum(), steps]
         assert len(batch.mask) == length.max()
-        assert batch.step[-1] - before == length.sum()
 
 
 @ALL
@@ -193,23 +168,21 @@ def test_vectorised_returns_are_those_of_single_environments(script, monkeypatch
     loop over gymnasium.make: the same returns and lengths, in the same order."""
     run = Run(script, num_envs=4, **({} if script is reinforce else {"num_steps": 100}))
     act = run.agent.act
-    monkeypatch.setattr(run.state, "act", lambda obs: act(obs, greedy=True))
-    seeds = script.env_seeds(run.args.seed, 0, 4)
+    monkeypatch.setattr(run.agent, "act", lambda obs: act(obs, greedy=True))
     batch = run.rollout()
-    for n, seed in enumerate(seeds):
-        ends = np.flatnonzero(batch.done[:, n])
-        env = script.gym.make("CartPole-v1")
+    for n in range(4):
+        env, ends = gym.make("CartPole-v1"), np.flatnonzero(batch.done[:, n])
         for i, end in enumerate(ends):
-            obs, _ = env.reset(seed=seed if i == 0 else None)
+            obs, _ = env.reset(seed=n if i == 0 else None)
             total, length, over = 0, 0, False
             while not over:
                 obs, reward, terminated, truncated, _ = env.step(act(torch.tensor(obs)[None], greedy=True).item())
                 total, length, over = total + reward, length + 1, terminated or truncated
-            assert (batch.episode_return[end, n], batch.episode_length[end, n]) == (total, length)
+            assert batch.episode[end, n].tolist() == [total, length]
         assert len(ends) == 1 if script is reinforce else len(ends) > 3
 
 
-# ======================================================= Policy =======================================================
+# ==== Policy ====
 
 
 @ALL
@@ -218,13 +191,8 @@ def test_vectorised_returns_are_those_of_single_environments(script, monkeypatch
 def test_policy_is_the_distribution_it_says(script, env_id, special):
     """Log-probability and entropy against scipy: a softmax, or the sum over dimensions that a diagonal multivariate
     normal is. With temperature, or with observations standardised and kept within [-10, 10]."""
-    discrete, temperature = env_id == "EchoDiscrete-v0", 1.0
-    if script is not reinforce:
-        flags = {"norm_obs": special}
-    else:
-        temperature = 2.0 if special and discrete else 1.0
-        flags = {"temperature": temperature}
-    run = Run(script, TOY + env_id, **flags)
+    discrete, temperature = env_id == "EchoDiscrete-v0", 2.0 if special and script is reinforce else 1.0
+    run = Run(script, TOY + env_id, **({"temperature": temperature} if script is reinforce else {"norm_obs": special}))
     agent, n = run.agent, run.envs.single_observation_space.shape[0]
     for p in agent.actor.parameters():  # at first all actions are nearly the same
         torch.nn.init.normal_(p)
@@ -232,7 +200,6 @@ def test_policy_is_the_distribution_it_says(script, env_id, special):
     seen = obs
     if script is not reinforce:
         agent.obs_stats.mean[:], agent.obs_stats.var[:] = 0.5, 0.04
-        agent.obs_stats.count += 100
         seen = ((obs - 0.5) / 0.2).clamp(-10, 10) if special else obs
         assert not special or (seen.abs() == 10).any()
     out = agent.actor(seen).detach().double().numpy()
@@ -246,8 +213,7 @@ def test_policy_is_the_distribution_it_says(script, env_id, special):
         action = torch.randn(5, 2, 4)
         cov = np.diag(np.exp(2 * agent.log_std.detach().double().numpy()))
         normals = [stats.multivariate_normal(mean, cov) for mean in out.reshape(-1, 4)]
-        rows = zip(normals, action.reshape(-1, 4), strict=True)
-        logp = np.reshape([normal.logpdf(a) for normal, a in rows], (5, 2))
+        logp = np.reshape([normal.logpdf(a) for normal, a in zip(normals, action.reshape(-1, 4))], (5, 2))
         entropy = np.reshape([normal.entropy() for normal in normals], (5, 2))
     actual = agent.log_prob(obs, action)
     close(actual[0], logp)
@@ -263,10 +229,7 @@ def flat_agent(script, env_id, out, **flags):
     return run.agent, torch.randn(50_000, run.envs.single_observation_space.shape[0])
 
 
-@pytest.mark.parametrize(
-    ("script", "temperature"),
-    [(reinforce, 1.0), (reinforce, 0.5), (reinforce, 3.0), (vpg_advantage, None), (ppo, None)],
-)
+@pytest.mark.parametrize(("script", "temperature"), [(reinforce, 0.5), (vpg_advantage, None), (ppo, None)])
 def test_sampled_frequencies(script, temperature):
     """Actions are drawn from the softmax of logits / temperature: chi-square over 50,000 draws, fixed seed."""
     logits, flags = [0.0, 1.0, -0.5], {"temperature": temperature} if temperature else {}
@@ -302,14 +265,14 @@ def test_initialisation(script, hidden):
     for name, last_gain in networks.items():
         layers = [layer for layer in getattr(agent, name) if isinstance(layer, torch.nn.Linear)]
         assert [layer.out_features for layer in layers] == [*hidden, 1]
-        for layer, gain in zip(layers, [math.sqrt(2)] * len(hidden) + [last_gain], strict=True):
+        for layer, gain in zip(layers, [math.sqrt(2)] * len(hidden) + [last_gain]):
             w = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
             close(w @ w.T, gain**2 * np.eye(len(w)), 1e-5 * gain**2)
             assert not layer.bias.any()
     assert not agent.log_std.any()
 
 
-# ===================================================== Statistics =====================================================
+# ==== Statistics ====
 
 
 @ACTOR_CRITIC
@@ -317,11 +280,11 @@ def test_running_mean_and_variance(script):
     """Batches merged one by one equal NumPy over all of them, also when their means differ: a merge that forgets the
     distance between means, or n - 1."""
     rng = np.random.default_rng(0)
-    batches = [rng.normal(10 * i, 1 + i, (4 + i, 3, 2)).astype(np.float32) for i in range(5)]
+    batches = [rng.normal(10 * i, 1 + i, (12 + 3 * i, 2)).astype(np.float32) for i in range(5)]
     running = script.RunningMeanStd(2)
     for i, batch in enumerate(batches):
         running.update(torch.tensor(batch))
-        seen = np.concatenate([b.reshape(-1, 2) for b in batches[: i + 1]]).astype(np.float64)
+        seen = np.concatenate(batches[: i + 1]).astype(np.float64)
         close(running.mean, seen.mean(0))
         close(running.var, seen.var(0))
         assert running.count == len(seen)
@@ -330,8 +293,7 @@ def test_running_mean_and_variance(script):
 @ACTOR_CRITIC
 def test_observation_statistics_of_a_run(script):
     """They cover every observation that the policy acted on, once, after each update and not before or during it."""
-    run = Run(script, norm_obs=True)
-    seen = []
+    run, seen = Run(script, norm_obs=True), []
     for _ in range(4):
         before = {name: x.clone() for name, x in run.agent.obs_stats.named_buffers()}
         batch = run.rollout()
@@ -362,83 +324,51 @@ def test_values_of_final_observations(script, norm_obs, spy):
             for w, b in (critic[:2], critic[2:4]):
                 x = np.tanh(x @ w.T + b)
             close(actual, (x @ critic[4].T + critic[5])[..., 0], 1e-4)  # observations up to 1000: tanh is steep
-        close(reward, batch.reward, 0)
-        close(terminated, batch.terminated, 0)
-        close(done, np.maximum(batch.terminated, batch.truncated), 0)
+        for actual, expected in ((reward, batch.reward), (terminated, batch.terminated), (done, batch.done)):
+            close(actual, expected, 0)
         assert (gamma, gae_lambda) == (run.args.gamma, run.args.gae_lambda)
 
 
 @ACTOR_CRITIC
 def test_reward_scaling_of_a_run(script, spy):
     """Rewards are divided, not centred, by the deviation of all discounted returns so far, which go on from batch to
-    batch and restart at the ends of episodes; at most 10."""
+    batch and restart at the ends of episodes; at most 10, on either side."""
     calls = spy(script, "gae")
-    run = Run(script, TOY + "Ledger-v0", norm_reward=True, num_steps=7, gamma=0.9)
+    run = Run(script, TOY + "Ledger-v0", norm_reward=True, num_steps=8, gamma=0.9)
     seen, following = [], np.zeros(3)
     for i in range(4):
         batch = run.rollout()
         run.update(batch)
-        for reward, done in zip(batch.reward.astype(np.float64), batch.done, strict=True):
+        for reward, done in zip(batch.reward.astype(np.float64), batch.done):
             seen.append(reward + 0.9 * following)
             following = np.where(done, 0, seen[-1])
         close(calls[i][0][0], np.minimum(batch.reward / np.std(seen), 10), 1e-4)
 
-
-@ACTOR_CRITIC
-def test_scaled_rewards_are_clipped(script, spy):
-    """A reward far beyond everything seen counts 10, on either side."""
-    calls = spy(script, "gae")
     run = Run(script, norm_reward=True, gamma=0.0, num_steps=500)
     batch = run.rollout()
     reward = np.zeros_like(batch.reward)
     reward[3, 0], reward[5, 1] = 1e3, -1e3  # deviation 1e3 sqrt(2 / 1500) = 36.5
     run.update(batch._replace(reward=reward))
-    assert calls[0][0][0].unique().tolist() == [-10, 0, 10]
+    assert calls[-1][0][0].unique().tolist() == [-10, 0, 10]
+
+
+# ==== Update ====
 
 
 @ALL
-def test_saved_policy_acts_alike(script):
-    """Trained, with --norm-obs where there is one, saved and loaded into a fresh agent: the same actions, values and
-    statistics, and the same evaluation by the most likely actions, which changes nothing."""
-    flags = {"env_id": "Pendulum-v1", "num_envs": 2, "eval_episodes": 2}
-    flags |= {} if script is reinforce else {"num_steps": 32, "norm_obs": True}
-    trained = script.train(script.Args(total_timesteps=256, **flags))
-    run = Run(script, resume=str(trained.run_dir), **flags)
-    script.load(run.state, run.args)
-    before = {name: x.clone() for name, x in run.agent.state_dict().items()}
-    assert before.keys() == trained.agent.state_dict().keys()
-    assert all(torch.equal(x, before[name]) for name, x in trained.agent.state_dict().items())
-    obs = torch.randn(100, 3)
-    assert torch.equal(trained.agent.act(obs, greedy=True), run.agent.act(obs, greedy=True))
-    if script is not reinforce:
-        assert torch.equal(trained.agent.value(obs), run.agent.value(obs))
-        assert run.agent.obs_stats.count == 256
-
-    returns = script.evaluate(run.state, run.args, trained.run_dir)
-    assert np.array_equal(returns, trained.eval_returns)
-    sampled = script.evaluate(run.state, dataclasses.replace(run.args, eval_sample=True), trained.run_dir)
-    assert (sampled != returns).all()
-    assert all(torch.equal(x, before[name]) for name, x in run.agent.state_dict().items())
-
-
-# ======================================================= Update =======================================================
-
-
-@ALL
-@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.02])
-def test_clipping_by_global_norm(script, max_grad_norm):
+def test_clipping_by_global_norm(script):
     """The gradient keeps its direction and gets exactly the maximum as its norm; a clip per element turns it. The
     norm before clipping is what is logged."""
     grads, logged = [], []
-    for limit in (1e9, max_grad_norm):
+    for limit in (1e9, 0.01):
         run = Run(script, max_grad_norm=limit, **one_step(script))  # one seed: the same weights and batch
         (grad,), metrics = run.gradients(run.rollout())
         grads.append(grad)
         logged.append(metrics["grad_norm"])
     norm = grads[0].norm()
-    assert norm > max_grad_norm
-    close(grads[1].norm(), max_grad_norm, 1e-4 * max_grad_norm)  # torch adds 1e-6 to the norm
-    close(grads[1] / max_grad_norm, grads[0] / norm, 1e-4)
+    assert norm > 0.01
+    close(grads[1].norm(), 0.01, 1e-4 * 0.01)  # torch adds 1e-6 to the norm
+    close(grads[1] / 0.01, grads[0] / norm, 1e-4)
     close(logged, [norm, norm])
 
 
@@ -482,45 +412,22 @@ def test_minibatches(script, spy):
     run = Run(script, TOY + "EchoDiscrete-v0", gamma=0.0, update_epochs=3, num_minibatches=4, norm_adv=False)
     before = copy.deepcopy(run.agent)
     ids = np.arange(48, dtype=np.float32).reshape(16, 3)
-    batch = run.rollout()
-    run.update(batch._replace(obs=ids[..., None], action=(ids % 3).astype(np.int64), reward=ids))
+    run.update(run.rollout()._replace(obs=ids[..., None], action=ids % 3, reward=ids))
 
-    minibatches = [mb for (_, mb, _), _ in calls]
-    assert [len(mb.obs) for mb in minibatches] == [12] * 12
-    orders = torch.stack([mb.obs[:, 0] for mb in minibatches]).reshape(3, 48)
+    minibatches = [minibatch for (_, minibatch, _), _ in calls]
+    assert [len(obs) for obs, *_ in minibatches] == [12] * 12
+    orders = torch.stack([obs[:, 0] for obs, *_ in minibatches]).reshape(3, 48)
     assert torch.equal(orders.sort().values, torch.arange(48.0).expand(3, 48))
     assert len({tuple(order.tolist()) for order in (*orders, torch.arange(48.0))}) == 4
-    for mb in minibatches:
-        step = mb.obs[:, 0]
-        value, (logp, _) = before.value(mb.obs), before.log_prob(mb.obs, mb.action)
-        assert torch.equal(mb.action, step.long() % 3)
-        close(mb.ret, step)  # gamma 0: the reward itself
-        close(mb.adv, step - value)
-        if script is ppo:
-            close(mb.value_old, value)
-            close(mb.logp_old, logp)
-
-
-@ACTOR_CRITIC
-def test_minibatch_of_one(script):
-    """The smallest minibatch keeps its advantage, which standardised would be 0: the policy learns, by finite steps."""
-    run = Run(script, num_minibatches=48, update_epochs=1, norm_adv=True)
-    before = copy.deepcopy(run.agent)
-    run.update(run.rollout())
-    assert all(torch.isfinite(p).all() for p in run.agent.parameters())
-    assert not torch.equal(run.agent.actor[0].weight, before.actor[0].weight)
-
-
-@ACTOR_CRITIC
-@pytest.mark.parametrize(
-    ("flags", "flag"),
-    [({"num_minibatches": 5}, "--num-minibatches 5"), ({"total_timesteps": 47}, "--total-timesteps 47")],
-)
-def test_batches_that_do_not_fit(script, flags, flag):
-    """48 steps neither divide by 5 nor fit into 47: an error before anything is written, not an empty run."""
-    with pytest.raises(ValueError, match=flag):
-        script.train(script.Args(num_envs=3, num_steps=16, **flags))
-    assert not Path("runs").exists()
+    for obs, action, adv, ret, *old in minibatches:
+        step = obs[:, 0]
+        value, (logp, _) = before.value(obs), before.log_prob(obs, action)
+        assert torch.equal(action, step % 3)
+        close(ret, step)  # gamma 0: the reward itself
+        close(adv, step - value)
+        for actual, expected in zip(old, (logp, value)):
+            close(actual, expected)
+    assert len(old) == (2 if script is ppo else 0)
 
 
 @pytest.mark.parametrize(
@@ -539,15 +446,6 @@ def test_target_kl_looks_at_the_mean_of_an_epoch(kls, steps, monkeypatch):
     run = Run(ppo, target_kl=0.1, num_minibatches=4, update_epochs=3)
     grads, _ = run.gradients(run.rollout())
     assert len(grads) == steps
-
-
-@pytest.mark.parametrize(("target_kl", "steps"), [(1e-12, 4), (1e9, 12), (None, 12)])
-def test_target_kl_with_its_own_estimate(target_kl, steps):
-    """A tiny target lets one epoch through in every iteration, a huge one all."""
-    run = Run(ppo, target_kl=target_kl, num_minibatches=4, update_epochs=3)
-    for _ in range(2):
-        grads, _ = run.gradients(run.rollout())
-        assert len(grads) == steps
 
 
 @BOTH_SPACES
@@ -570,13 +468,14 @@ def test_losses_keep_to_their_networks(script, spy):
     calls = spy(script, "loss_fn")
     run = Run(script, vf_coef=0.0, **one_step(script))
     run.update(run.rollout())
-    (_, mb, _), _ = calls[0]
-    assert not any(x.requires_grad for x in mb)
+    (_, minibatch, _), _ = calls[0]
+    assert not any(x.requires_grad for x in minibatch)
     moved = {name.split(".")[0] for name, p in run.agent.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"actor"}
 
     run = Run(script)
-    loss, _ = script.loss_fn(run.agent, mb._replace(adv=torch.zeros_like(mb.adv)), run.args)
+    obs, action, adv, *rest = minibatch
+    loss, _ = script.loss_fn(run.agent, (obs, action, torch.zeros_like(adv), *rest), run.args)
     loss.backward()
     moved = {name.split(".")[0] for name, p in run.agent.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"critic"}
@@ -592,26 +491,26 @@ def test_loss_and_metrics_of_a_minibatch(script, env_id, on, spy):
     flags = {"norm_adv": on, "clip_vloss": on} if script is ppo else {"norm_adv": on}
     run = Run(script, env_id, vf_coef=0.3, ent_coef=0.07, **one_step(script), **flags)
     run.update(run.rollout())
-    mb = calls[0][0][1]
+    minibatch = calls[0][0][1]
     for p in run.agent.parameters():  # move far, so that ratios and values are past their clips
         p.data += 0.3 * torch.randn_like(p)
-    loss, metrics = script.loss_fn(run.agent, mb, run.args)
+    loss, metrics = script.loss_fn(run.agent, minibatch, run.args)
     with torch.no_grad():
-        logp, entropy = (x.double().numpy() for x in run.agent.log_prob(mb.obs, mb.action))
-        value = run.agent.value(mb.obs).double().numpy()
-    adv, ret = mb.adv.double().numpy(), mb.ret.double().numpy()
+        logp, entropy = (x.double().numpy() for x in run.agent.log_prob(*minibatch[:2]))
+        value = run.agent.value(minibatch[0]).double().numpy()
+    adv, ret, *old = (x.double().numpy() for x in minibatch[2:])
     if on:
         adv = (adv - adv.mean()) / adv.std()
     expected = {"entropy": entropy.mean()}
     if script is vpg_advantage:
         expected["policy_loss"], expected["value_loss"] = -(logp * adv).mean(), 0.5 * ((value - ret) ** 2).mean()
     else:
-        log_ratio, old = logp - mb.logp_old.double().numpy(), mb.value_old.double().numpy()
-        ratio = np.exp(log_ratio)
+        logp_old, value_old = old
+        ratio = np.exp(logp - logp_old)
         expected["policy_loss"] = -np.minimum(ratio * adv, ratio.clip(0.8, 1.2) * adv).mean()
-        near = old + (value - old).clip(-0.2, 0.2) if on else value
+        near = value_old + (value - value_old).clip(-0.2, 0.2) if on else value
         expected["value_loss"] = 0.5 * np.maximum((value - ret) ** 2, (near - ret) ** 2).mean()
-        expected["approx_kl"] = (ratio - 1 - log_ratio).mean()
+        expected["approx_kl"] = (ratio - 1 - np.log(ratio)).mean()
         expected["clipfrac"] = (np.abs(ratio - 1) > 0.2).mean()
         assert 0 < expected["clipfrac"] < 1
     total = expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.07 * expected["entropy"]
@@ -627,7 +526,7 @@ def test_logged_metrics_are_means(script, spy):
     losses, advantages = spy(script, "loss_fn"), spy(script, "gae")
     run = Run(script, update_epochs=3)
     metrics = run.update(run.rollout())
-    for name in losses[0][1][1]:
+    for name in ("policy_loss", "value_loss", "entropy"):
         close(metrics[name], np.mean([result[1][name].item() for _, result in losses]))
     (_, value, *_), adv = advantages[0]
     close(metrics["explained_variance"], 1 - np.var(adv.numpy()) / np.var((adv + value).numpy()), 1e-4)
@@ -657,65 +556,55 @@ def test_reinforce_loss_and_metrics(norm_return, spy):
     close(calls[0][1][0], policy - 0.07 * entropy[counted].sum() / 7)
 
 
-# ====================================================== Training ======================================================
+# ==== Training ====
 
 
-def toy_args(script, num_steps=4, **flags):
-    """Three environments, episodes of four steps, 60 steps in all: by default five updates."""
-    flags |= {} if script is reinforce else {"num_steps": num_steps}
-    return script.Args(env_id=TOY + "Fixed-v0", num_envs=3, total_timesteps=60, eval_episodes=0, **flags)
+def scalars(run_dir, tag):
+    """[(step, value), ...] of a TensorBoard tag."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 @ALL
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_learning_rate_and_optimizer(script, anneal_lr, monkeypatch):
     """Adam with eps 1e-5, the first update at the full learning rate, the last of five at a fifth of it; what is
-    logged is what the optimizer used."""
+    logged is what the optimizer used. Three environments finish on the same step, five times: fifteen returns and
+    lengths in the order of the steps, in the log and in the result."""
     update, used = script.update, []
 
-    def recorded(*args):
-        state, metrics = update(*args)
-        assert isinstance(state.optimizer, torch.optim.Adam)
-        used.append([state.optimizer.param_groups[0][name] for name in ("lr", "eps", "betas", "weight_decay")])
-        return state, metrics
+    def recorded(agent, optimizer, *args):
+        assert isinstance(optimizer, torch.optim.Adam)
+        used.append([optimizer.param_groups[0][name] for name in ("lr", "eps", "betas", "weight_decay")])
+        return update(agent, optimizer, *args)
 
     monkeypatch.setattr(script, "update", recorded)
-    result = script.train(toy_args(script, learning_rate=0.01, anneal_lr=anneal_lr))
-    rates = [0.01, 0.008, 0.006, 0.004, 0.002] if anneal_lr else [0.01] * 5
+    flags = {} if script is reinforce else {"num_steps": 4}
+    flags |= {"num_envs": 3, "total_timesteps": 60, "eval_episodes": 0, "learning_rate": 0.01, "anneal_lr": anneal_lr}
+    result = script.train(script.Args(env_id=TOY + "Fixed-v0", **flags))
+    rates, ends = [0.01, 0.008, 0.006, 0.004, 0.002] if anneal_lr else [0.01] * 5, np.arange(12, 61, 12)
     close([lr for lr, *_ in used], rates)
     assert all(rest == [1e-5, (0.9, 0.999), 0] for _, *rest in used)
-    steps, logged = zip(*scalars(result.run_dir, "charts/learning_rate"), strict=True)
-    assert steps == (12, 24, 36, 48, 60)
+    steps, logged = zip(*scalars(result.run_dir, "charts/learning_rate"))
+    assert np.array_equal(steps, ends)
     close(logged, rates)
-
-
-@ALL
-def test_all_episodes_are_logged(script):
-    """Three environments finish on the same step, five times: fifteen returns and lengths in the order of the steps,
-    in the log and in the result."""
-    args = toy_args(script, num_steps=20)
-    result = script.train(args)
-    if script is reinforce:  # which resets before each rollout
-        first = [np.array(script.env_seeds(args.seed, 12 * i, 3)) % 7 + 1 for i in range(5)]
-    else:
-        first = [np.array(script.env_seeds(args.seed, 0, 3)) % 7 + 1 + i for i in range(5)]
-    returns, steps = 400 * np.concatenate(first) + 10.0, np.repeat([12, 24, 36, 48, 60], 3)
-    assert np.array_equal(result.episode_returns, returns)
-    assert np.array_equal(result.episode_steps, steps)
-    assert scalars(result.run_dir, "charts/episodic_return") == list(zip(steps, returns, strict=True))
-    assert scalars(result.run_dir, "charts/episodic_length") == [(step, 4.0) for step in steps]
+    assert np.array_equal(result.episode_steps, np.repeat(ends, 3))
+    assert ((result.episode_returns - 10) % 400 == 0).all()  # 4 steps of episode e earn 400 e + 10
+    logged = scalars(result.run_dir, "charts/episodic_return")
+    assert logged == list(zip(result.episode_steps, result.episode_returns))
+    assert scalars(result.run_dir, "charts/episodic_length") == [(step, 4.0) for step in result.episode_steps]
 
 
 def test_reinforce_counts_only_unmasked_steps():
     """--total-timesteps ends with the first update that reaches it, and there is at least one."""
-    args = reinforce.Args(env_id=TOY + "Ledger-v0", num_envs=7, total_timesteps=100, eval_episodes=0)
-    result = reinforce.train(args)
+    flags = {"env_id": TOY + "Ledger-v0", "num_envs": 7, "eval_episodes": 0}
+    result = reinforce.train(reinforce.Args(total_timesteps=100, **flags))
     lengths = np.array([length for _, length in scalars(result.run_dir, "charts/episodic_length")])
     assert result.episode_steps[-1] == lengths.sum() >= 100 > lengths[:-7].sum()
-    assert len(reinforce.train(dataclasses.replace(args, total_timesteps=1)).episode_returns) == 7
+    assert len(reinforce.train(reinforce.Args(total_timesteps=1, **flags)).episode_returns) == 7
 
 
-# =================================================== The estimator ====================================================
+# ==== The estimator ====
 
 
 LOGITS = np.array([[0.3, -0.4], [-0.2, 0.5]])  # [state, action]
@@ -751,8 +640,8 @@ def probabilities(logits):
 def true_gradient():
     """sum over episodes of p R sum_t grad log pi(a_t|s_t): the whole return for each step, no reward to go."""
     gradient = np.zeros((2, 2))
-    for (states, actions, rewards, _), p in zip(EPISODES, probabilities(LOGITS), strict=True):
-        for state, action in zip(states, actions, strict=True):
+    for (states, actions, rewards, _), p in zip(EPISODES, probabilities(LOGITS)):
+        for state, action in zip(states, actions):
             gradient[state] += p * sum(rewards) * (np.eye(2)[action] - softmax(LOGITS)[state])
     return gradient
 
@@ -780,51 +669,32 @@ DONE = MASK - torch.cat([MASK[1:], torch.zeros(1, len(EPISODES))])
 BASELINE = torch.tensor([[1.5, -0.7], [0.4, 2.0], [-1.0, 0.3]])  # [t, state], nothing like the value
 
 
-def estimate(baseline, columns, weight=1):
-    """Gradient from some of the episodes, side by side as one batch, through the scripts' functions."""
-    theta = torch.tensor(LOGITS, requires_grad=True)
-    state, action, reward, mask, done = (x[:, columns] for x in (STATE.long(), ACTION.long(), REWARD, MASK, DONE))
-    logp = theta.log_softmax(-1)[state, action]
-    ret = reinforce.discounted_returns(reward, done, 1.0)
-    if baseline:
-        real = mask == 1
-        adv = (ret - BASELINE.gather(1, state)) * weight
-        # the mean over steps, turned into the sum over each episode
-        loss = vpg_advantage.policy_loss(logp[real], adv[real]) * real.sum() / len(columns)
-    else:
-        loss = reinforce.policy_loss(logp, ret * weight, mask)
-    return -torch.autograd.grad(loss, theta)[0].numpy()
-
-
 @pytest.mark.parametrize("baseline", [False, True])
 def test_expected_gradient_is_the_true_one(baseline):
     """Every episode once, weighted by its probability, is the exact mean of the estimate; a baseline that depends on
     the state does not move it."""
-    weight = torch.tensor(probabilities(LOGITS)) * len(EPISODES)
-    close(estimate(baseline, np.arange(len(EPISODES)), weight), true_gradient(), 1e-12)
-
-
-@pytest.mark.parametrize("baseline", [False, True])
-def test_mean_of_sampled_gradients(baseline):
-    """500 batches of 40 sampled episodes: their mean lies within 4 standard errors of the true gradient."""
-    columns = np.random.default_rng(0).choice(len(EPISODES), (500, 40), p=probabilities(LOGITS))
-    sampled = np.array([estimate(baseline, row) for row in columns])
-    standard_error = sampled.std(0) / np.sqrt(len(sampled))
-    assert standard_error.max() < 0.02  # small beside the gradient, so that the next line says something
-    assert (np.abs(sampled.mean(0) - true_gradient()) < 4 * standard_error).all()
+    theta, weight = torch.tensor(LOGITS, requires_grad=True), torch.tensor(probabilities(LOGITS)) * len(EPISODES)
+    logp = theta.log_softmax(-1)[STATE.long(), ACTION.long()]
+    ret = reinforce.discounted_returns(REWARD, DONE, 1.0)
+    if baseline:
+        real, adv = MASK == 1, (ret - BASELINE.gather(1, STATE.long())) * weight
+        # the mean over steps, turned into the sum over each episode
+        loss = vpg_advantage.policy_loss(logp[real], adv[real]) * real.sum() / len(EPISODES)
+    else:
+        loss = reinforce.policy_loss(logp, ret * weight, MASK)
+    close(-torch.autograd.grad(loss, theta)[0].numpy(), true_gradient(), 1e-12)
 
 
 def test_mean_gradient_of_reinforce():
-    """The same from end to end: rollouts of the environment through the script's agent, mask and update."""
-    run = Run(
-        reinforce, TOY + "Tabular-v0", hidden_sizes=(), num_envs=40, norm_return=False, gamma=1.0,
-        max_grad_norm=1e9, learning_rate=0.0, total_timesteps=10**6,
-    )  # fmt: skip
+    """200 rollouts through the script's agent, mask and update: the mean of their gradients lies within 4 standard
+    errors of the true one."""
+    flags = {"hidden_sizes": (), "num_envs": 40, "norm_return": False, "gamma": 1.0, "max_grad_norm": 1e9}
+    run = Run(reinforce, TOY + "Tabular-v0", learning_rate=0.0, **flags)
     run.agent.actor[0].weight.data = torch.tensor(LOGITS.T, dtype=torch.float32)  # observations are one-hot
     sampled = []
     for _ in range(200):
         (grad,), _ = run.gradients(run.rollout())
         sampled.append(-grad[:4].reshape(2, 2).T.numpy())
     standard_error = np.std(sampled, 0) / np.sqrt(len(sampled))
-    assert standard_error.max() < 0.03
+    assert standard_error.max() < 0.03  # small beside the gradient, so that the next line says something
     assert (np.abs(np.mean(sampled, 0) - true_gradient()) < 4 * standard_error).all()

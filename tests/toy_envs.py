@@ -1,21 +1,23 @@
-"""Environments in which every number of a transition says where it came from: tests.toy_envs:Ledger-v0 and so on."""
+"""Small environments with known answers, registered with Gymnasium as tests.toy_envs:Ledger-v0 and so on."""
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
 
 RESET = -1000.0
 
 
 class Ledger(gym.Env):
-    """Observations (RESET or 0, episode, step), rewards 100 * episode + step, actions ignored.
+    """Every number of a transition says where it came from: observations (RESET or 0, episode, step), rewards
+    100 * episode + step, actions ignored.
 
     Without `length`, episode e takes 1 + 3 e mod 7 steps; it is terminated if e mod 3 is 0, truncated if 1, both if 2.
     The seed chooses the first episode, so that environments side by side get out of step. Every observation is the same
     array, written over.
     """
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
-    action_space = gym.spaces.Discrete(2)
+    observation_space = Box(-np.inf, np.inf, (3,))
+    action_space = Discrete(2)
 
     def __init__(self, length=None):
         self.fixed_length, self.obs = length, np.zeros(3, np.float32)
@@ -41,8 +43,8 @@ class Echo(gym.Env):
 
     def __init__(self, action_space):
         self.action_space = action_space
-        size = 1 if isinstance(action_space, gym.spaces.Discrete) else action_space.shape[0]
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,))
+        size = 1 if isinstance(action_space, Discrete) else action_space.shape[0]
+        self.observation_space = Box(-np.inf, np.inf, (size,))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -63,8 +65,8 @@ class Tabular(gym.Env):
     reward = np.array([[1.0, -0.5], [2.0, 0.5]])
     horizon = 3
 
-    observation_space = gym.spaces.Discrete(2)
-    action_space = gym.spaces.Discrete(2)
+    observation_space = Discrete(2)
+    action_space = Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -78,27 +80,89 @@ class Tabular(gym.Env):
         return self.state, reward, following == 2, False, {}
 
 
-class Large(gym.Env):
-    """Observations as large as a picture, which say which of two actions is rewarded."""
+class Probe(gym.Env):
+    """Observations -1, 0 or 1; the reward of a step is `reward_fn(obs, action)`, so V and the best policy are known."""
 
-    observation_space = gym.spaces.Box(-1, 1, (84 * 84,), np.float32)
-    action_space = gym.spaces.Discrete(2)
+    observation_space = Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, reward_fn, starts=(0.0,), length=1, continuous=False):
+        # unbounded, for at a bound the reward would be flat
+        self.action_space = Box(-np.inf, np.inf, (1,), np.float32) if continuous else Discrete(2)
+        self.reward_fn, self.starts, self.length = reward_fn, starts, length
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.right = int(self.np_random.integers(2))
-        return np.full(84 * 84, 2 * self.right - 1, np.float32), {}
+        self.now = 0
+        self.obs = np.array([self.np_random.choice(self.starts)], np.float32)
+        return self.obs, {}
 
     def step(self, action):
-        reward = float(action == self.right)
-        return self.reset()[0], reward, False, False, {}
+        reward = float(self.reward_fn(self.obs.item(), np.asarray(action).item()))
+        self.now += 1
+        if self.length > 1:  # the observation counts the steps, so that the state is known
+            self.obs = np.array([float(self.now)], np.float32)
+        return self.obs, reward, self.now == self.length, False, {}
+
+
+class Toy(gym.Env):
+    """Random observations of any space, reward 1, 20 steps. Takes no `render_mode`, looks its action up in a dict, and
+    refuses actions outside its space."""
+
+    def __init__(self, observation_space=Probe.observation_space, action_space=None):
+        self.observation_space, self.action_space = observation_space, action_space or Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.now = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
+        if isinstance(self.action_space, Discrete):
+            self.action_space.start + {a: 0 for a in range(10)}[action]
+        self.now += 1
+        reward = float("nan") if self.spec.name == "NanReward" and self.now == 15 else 1.0
+        return self.observation_space.sample(), reward, self.now == 20, False, {}
+
+
+def floats(low, high) -> Box:
+    return Box(np.array(low, np.float32), np.array(high, np.float32))
 
 
 BOUNDS = np.array([[-2, 0, -np.inf, -1], [3, 1, np.inf, np.inf]], np.float32)  # two-, two-, un- and half-bounded
-
+PROBES = {
+    "OneStep-v0": {"reward_fn": lambda obs, action: 1},
+    "ObsReward-v0": {"reward_fn": lambda obs, action: obs, "starts": (-1.0, 1.0)},
+    "LaterReward-v0": {"reward_fn": lambda obs, action: obs == 1, "length": 2},
+    "ActionReward-v0": {"reward_fn": lambda obs, action: action},
+    "ActionRewardContinuous-v0": {"reward_fn": lambda obs, action: -((action - 0.5) ** 2), "continuous": True},
+    "MatchObs-v0": {"reward_fn": lambda obs, action: action == (obs > 0), "starts": (-1.0, 1.0)},
+    "MatchObsContinuous-v0": {
+        "reward_fn": lambda obs, action: -((action - obs / 2) ** 2),
+        "starts": (-1.0, 1.0),
+        "continuous": True,
+    },
+    # Reward 1 and the same observation until a time limit: V = 1 / (1 - gamma), if the limit counts as no end.
+    "Forever-v0": {"reward_fn": lambda obs, action: 1, "length": 0},
+}
+TOYS = {
+    "DictObs-v0": {"observation_space": Dict(a=Discrete(3), b=Box(-1, 1, (2, 2), np.float32))},
+    "TupleObs-v0": {"observation_space": Tuple((Discrete(2), Box(-1, 1, (3,), np.float64)))},
+    "UnequalBox-v0": {"action_space": floats([-2, 0], [1, 10])},
+    "UnboundedBox-v0": {"action_space": floats([-np.inf], [np.inf])},
+    "HalfBoundedBox-v0": {"action_space": floats([0], [np.inf])},
+    "DiscreteStart-v0": {"action_space": Discrete(3, start=3)},
+    "MultiDiscreteAction-v0": {"action_space": MultiDiscrete([2, 3])},
+    "NanReward-v0": {},
+}
+for name, kwargs in PROBES.items():
+    gym.register(name, Probe, max_episode_steps=5 if name == "Forever-v0" else 10, kwargs=kwargs)
+for name, kwargs in TOYS.items():
+    gym.register(name, Toy, max_episode_steps=50, kwargs=kwargs)
+gym.register("NoTimeLimit-v0", Toy)
 gym.register("Ledger-v0", Ledger, max_episode_steps=5)
 gym.register("Fixed-v0", Ledger, max_episode_steps=10, kwargs={"length": 4})
-gym.register("EchoBox-v0", Echo, max_episode_steps=5, kwargs={"action_space": gym.spaces.Box(*BOUNDS)})
-gym.register("EchoDiscrete-v0", Echo, max_episode_steps=5, kwargs={"action_space": gym.spaces.Discrete(3, start=5)})
+gym.register("EchoBox-v0", Echo, max_episode_steps=5, kwargs={"action_space": Box(*BOUNDS)})
+gym.register("EchoDiscrete-v0", Echo, max_episode_steps=5, kwargs={"action_space": Discrete(3, start=5)})
 gym.register("Tabular-v0", Tabular, max_episode_steps=Tabular.horizon)
-gym.register("Large-v0", Large, max_episode_steps=20)
