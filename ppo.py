@@ -242,19 +242,17 @@ def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -
 
 
 def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
-    """The clipped surrogate, negated: [...] -> scalar. The min undoes the clip where the ratio has moved the wrong
-    way, so that the gradient can bring it back."""
+    """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = (logp - logp_old).exp()
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
 def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
-    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
-    larger error counts, of the value or of the value clipped to within `clip_coef` of the old one."""
+    """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:
+    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
         clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
@@ -262,9 +260,8 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float |
 
 def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
-    log_ratio = logp - logp_old
     # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
-    return (log_ratio.expm1() - log_ratio).mean()
+    return ((logp - logp_old).expm1() - (logp - logp_old)).mean()
 
 
 # ==== Rollout ====

@@ -27,10 +27,8 @@ A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t be
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
-All that training changes is one value, State, which pure functions take and return; vmap makes S agents of one. Rollout
-and update are one compiled program if the environment is written in JAX; Gymnasium's are stepped by Python.
-
-Shapes: S = num_seeds, T = num_steps, N = num_envs; D and A are the sizes of an observation and a Box action.
+Functions are of one agent, of which vmap makes S = num_seeds, and take and return its State.
+Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and a Box action.
 
 Run: python ppo_jax.py --env-id CartPole-v1. Diff: vpg_advantage_jax.py (what clipping adds), ppo.py (in PyTorch).
 """
@@ -57,7 +55,6 @@ import tyro
 from flax import linen as nn
 from flax import serialization
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -73,10 +70,10 @@ class Args:
     num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
     total_timesteps: int = 200_000  # environment steps in all
     cuda: bool = False  # use the GPU; with few environments the CPU is faster
-    async_envs: bool = False  # a process per environment, for slow ones
+    async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
-    resume: Path | None = None  # run folder to continue; a finished run is evaluated
+    resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
     eval_sample: bool = False  # with sampled, not the most likely actions
     return_window: int = 100  # episodes in the mean return
@@ -130,8 +127,7 @@ class Args:
 
 # ==== Environment ====
 def to_env(space: gym.Space, action: Array) -> Array:
-    """The policy's actions as the environment's: Discrete ones count from 0; Box ones are clipped, after [-1, 1] is
-    mapped to the bounds in each dimension that has two."""
+    """Actions for the environment: Discrete ones count from 0, Box ones are scaled from [-1, 1] and clipped."""
     if isinstance(space, gym.spaces.Discrete):
         return action + int(space.start)
     both = np.isfinite(space.low) & np.isfinite(space.high)
@@ -139,19 +135,20 @@ def to_env(space: gym.Space, action: Array) -> Array:
     return ((high + low) / 2 + (high - low) / 2 * action).clip(space.low, space.high)
 
 
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """An environment of Gymnasium; observations are flat, [D]."""
+    env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
+    if video_dir:
+        env.reset()
+        env.render()  # if it cannot be filmed, fail before training
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+
+
 def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """S x N environments of Gymnasium with observations [D], of which the first is filmed."""
-
-    def make_env(film):
-        env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if film else {}))
-        if film:
-            env.reset()
-            env.render()  # what cannot be filmed fails now, before training
-            env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
-        return gym.wrappers.FlattenObservation(env)
-
+    """S x N environments, of which the first is filmed."""
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
-    env_fns = [partial(make_env, video_dir and i == 0) for i in range(args.num_seeds * num_envs)]
+    env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
     return make_vector(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -161,10 +158,10 @@ class GymnaxEnv:
 
     def __init__(self, name: str):
         import gymnax
-        from gymnax.environments.spaces import gymnax_space_to_gym_space
 
         self.env, self.params = gymnax.make(name)
-        self.action_space = gymnax_space_to_gym_space(self.env.action_space(self.params))
+        space = self.env.action_space(self.params)
+        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(space)
         self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
 
     def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
@@ -187,17 +184,17 @@ def make_jax_env(args: Args) -> Any:
     import gymnax
 
     module, _, name = args.env_id.rpartition(":")
-    make = GymnaxEnv if name in gymnax.registered_envs or args.env_backend == "jax" else None
-    make = getattr(importlib.import_module(module or "gymnax"), "make_jax_env", make)
-    env = make(name) if make else None
-    if env and args.max_episode_steps:
-        env.max_steps = args.max_episode_steps
+    make = getattr(importlib.import_module(module or "gymnax"), "make_jax_env", GymnaxEnv)
+    if make is GymnaxEnv and name not in gymnax.registered_envs and args.env_backend == "auto":
+        return None
+    env = make(name)
+    env.max_steps = args.max_episode_steps or env.max_steps
     return env
 
 
 # ==== Networks ====
 def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
-    """Linear layers with zero biases and orthogonal weights of gain sqrt 2, in the last layer `gain`."""
+    """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for size in sizes[:-1]:
         layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
@@ -206,7 +203,7 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 
 
 class RunningMeanStd(NamedTuple):
-    """Mean and variance of all rows seen, merged a batch at a time (Chan et al. 1979)."""
+    """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
 
     mean: Array
     var: Array
@@ -269,6 +266,7 @@ class Batch(NamedTuple):
     next_obs: Array  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
     terminated: Array  # [T, N] the task itself ended
     done: Array  # [T, N] terminated, or truncated by a time limit
+    episode: Array  # [T, N, 2] undiscounted return and length of the episode that ended here, if one did
 
 
 class State(NamedTuple):
@@ -283,7 +281,7 @@ class State(NamedTuple):
     step: Array  # environment steps so far
     env_state: Any  # of the N environments, if they are written in JAX
     obs: Array  # [N, D] current observations
-    episode: Array  # [N, 2] undiscounted return and length of the episode so far, if it is not over
+    episode: Array  # [N, 2] undiscounted return and length of the episodes so far
 
 
 # ==== Math ====
@@ -317,19 +315,17 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
 
 
 def policy_loss(logp: Array, logp_old: Array, adv: Array, clip_coef: float) -> Array:
-    """The clipped surrogate, negated: [...] -> scalar. The min undoes the clip where the ratio has moved the wrong
-    way, so that the gradient can bring it back."""
+    """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = jnp.exp(logp - logp_old)
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
     return -jnp.minimum(ratio * adv, ratio.clip(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
 def value_loss(value: Array, value_old: Array, ret: Array, clip_coef: float | None) -> Array:
-    """Half the mean squared error: [...] -> scalar. With `clip_coef`, as in the authors' code but not their paper, the
-    larger error counts, of the value or of the value clipped to within `clip_coef` of the old one."""
+    """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:
+    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
         clipped = value_old + (value - value_old).clip(-clip_coef, clip_coef)
         error = jnp.maximum(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
@@ -337,49 +333,49 @@ def value_loss(value: Array, value_old: Array, ret: Array, clip_coef: float | No
 
 def approx_kl(logp: Array, logp_old: Array) -> Array:
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
-    log_ratio = logp - logp_old
     # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
-    return (jnp.expm1(log_ratio) - log_ratio).mean()
+    return (jnp.expm1(logp - logp_old) - (logp - logp_old)).mean()
 
 
 # ==== Rollout ====
 def act(state: State, obs: Array, key: Array, agent: Agent, args: Args, greedy: bool = False) -> Array:
     """Actions of the agent in `state`: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
     obs = state.obs_stats.normalize(obs) if args.norm_obs else obs
-    return agent.apply({"params": state.params}, obs, key, greedy, method="act")
+    return agent.bind({"params": state.params}).act(obs, key, greedy)
 
 
-def rollout(state: State, agent: Agent, env: Any, args: Args, num_steps: int, greedy: bool) -> tuple[State, Batch]:
-    """Play T steps in every environment. Only actions are computed here; all else that the update needs is computed
-    afterwards in one pass over the batch."""
+def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[State, Batch]:
+    """Play T steps in every environment. Only actions are computed here, all else that the update needs afterwards in
+    one pass over the batch."""
 
     def play(state, _):
         key, act_key, step_key, reset_key = jax.random.split(state.key, 4)
-        action = act(state, state.obs, act_key, agent, args, greedy)
+        action = policy(state, state.obs, act_key)
         step_keys, env_action = jax.random.split(step_key, len(action)), to_env(env.action_space, action)
         env_state, next_obs, reward, terminated, truncated = jax.vmap(env.step)(step_keys, state.env_state, env_action)
-        done = terminated | truncated
-        row = Batch(state.obs, action, reward, next_obs, terminated, done)
+        done, episode = terminated | truncated, state.episode + jnp.stack([reward, jnp.ones_like(reward)], -1)
+        row = Batch(state.obs, action, reward, next_obs, terminated, done, episode)
         # where an episode ended, the next one begins
         fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
         choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        env_state, obs = choose(done, fresh, (env_state, next_obs))
-        return state._replace(key=key, env_state=env_state, obs=obs), row
+        env_state, obs, episode = choose(done, (*fresh, 0 * episode), (env_state, next_obs, episode))
+        return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
 
     return jax.lax.scan(play, state, length=num_steps)
 
 
-def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
-    """The same in environments of Gymnasium, by Python around a compiled `act`. Arrays have an axis S in front."""
-    keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S]
+def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
+    """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
+    keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
     rows, shape, obs, player = [], state.obs.shape, np.concatenate(state.obs), state._replace(opt_state=None)
     for act_key in keys[1:]:
-        action = np.concatenate(np.asarray(act(player, obs.reshape(shape), act_key)))
-        new_obs, reward, terminated, truncated, info = envs.step(to_env(envs.single_action_space, action))
-        next_obs = new_obs.copy()
+        action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
+        new_obs, reward, terminated, truncated, info = env.step(to_env(env.single_action_space, action))
+        next_obs, episode = new_obs.copy(), np.zeros((len(obs), 2))
         if "final_obs" in info:  # where an episode ended, `new_obs` is already the first observation of the next one
             next_obs[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
-        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated))
+            episode = np.stack([info["final_info"]["episode"][key] for key in ("r", "l")], -1)
+        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated, episode))
         obs = new_obs.astype(np.float32)
     columns = (np.stack(column).astype(np.float32) for column in zip(*rows))
     batch = Batch(*(x.reshape(num_steps, *shape[:2], *x.shape[2:]).swapaxes(0, 1) for x in columns))
@@ -387,15 +383,18 @@ def rollout_on_host(state: State, act: Callable, envs: gym.vector.VectorEnv, num
 
 
 # ==== Update ====
+optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
+
+
 def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret, logp_old, value_old = minibatch
-    logp, entropy = agent.apply({"params": params}, obs, action, method="log_prob")
+    agent = agent.bind({"params": params})
+    logp, entropy = agent.log_prob(obs, action)
     if args.norm_adv:
         adv = (adv - adv.mean()) / (adv.std() + 1e-8)
     pg_loss = policy_loss(logp, logp_old, adv, args.clip_coef)
-    value = agent.apply({"params": params}, obs, method="value")
-    v_loss = value_loss(value, value_old, ret, args.clip_coef if args.clip_vloss else None)
+    v_loss = value_loss(agent.value(obs), value_old, ret, args.clip_coef if args.clip_vloss else None)
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
     metrics["approx_kl"] = approx_kl(logp, logp_old)
@@ -403,28 +402,26 @@ def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args
     return loss, metrics
 
 
-optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
-
-
 def shuffle(key: Array, size: int) -> Array:
-    """A permutation of range(size). jax.random.permutation sorts pairs, which takes a CPU many times as long as sorting
-    words of random high bits and the index in the low ones."""
+    """A permutation of range(size): sorts words of random high bits, the index in the low ones. jax.random.permutation
+    sorts pairs, which takes a CPU many times as long."""
     bits = (size - 1).bit_length()
     words = jax.random.bits(key, (size,)) >> bits << bits | jnp.arange(size, dtype=jnp.uint32)
-    return (jnp.sort(words) & (2**bits - 1)).astype(jnp.int32)
+    return jnp.sort(words) & (2**bits - 1)
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
-    """Epochs of minibatch gradient descent on one batch. Returns also the means of what to log."""
-    obs, action, reward, next_obs, terminated, done = batch
+    """Epochs of minibatch gradient descent on a batch. Returns also means of what to log."""
+    obs, action, reward, next_obs, terminated, done, _ = batch
     if args.norm_obs:
         obs, next_obs = state.obs_stats.normalize(obs), state.obs_stats.normalize(next_obs)
     if args.norm_reward:
         running, carry = running_returns(reward, done, state.running_return, args.gamma)
         state = state._replace(running_return=carry, return_stats=state.return_stats.update(running.reshape(-1, 1)))
         reward = (reward / jnp.sqrt(state.return_stats.var + 1e-8)).clip(-10, 10)
-    value, next_value = (agent.apply({"params": state.params}, x, method="value") for x in (obs, next_obs))
-    logp, _ = agent.apply({"params": state.params}, obs, action, method="log_prob")
+    old = agent.bind({"params": state.params})
+    value, next_value = old.value(obs), old.value(next_obs)
+    logp, _ = old.log_prob(obs, action)
     adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
     ret = adv + value  # V_t^targ, the lambda-return
     data = tuple(x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value))
@@ -434,65 +431,61 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         params, opt_state = learner
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, tuple(x[rows] for x in data), agent, args)
         norm = optax.global_norm(grads)
-        grads = jax.tree.map(lambda x: x * jnp.minimum(1, args.max_grad_norm / norm), grads)
+        grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
         direction, opt_state = optimizer.update(grads, opt_state)
-        params = jax.tree.map(lambda x, dx: x - lr * dx, params, direction)
-        return (params, opt_state), metrics | {"grad_norm": norm}
+        return (optax.tree.add_scale(params, -lr, direction), opt_state), metrics | {"grad_norm": norm}
 
-    def epoch(carry, key):
-        learner, going = carry
+    def epoch(learner, key):
         rows = shuffle(key, args.batch_size).reshape(args.num_minibatches, -1)
-        new_learner, metrics = jax.lax.scan(descend, learner, rows)
-        metrics = jax.tree.map(jnp.mean, metrics)
-        learner = jax.tree.map(partial(jnp.where, going), new_learner, learner)
-        return (learner, going & (metrics["approx_kl"] <= (args.target_kl or math.inf))), (metrics, going)
+        learner, metrics = jax.lax.scan(descend, learner, rows)
+        return learner, (learner, jax.tree.map(jnp.mean, metrics))
 
     key, *keys = jax.random.split(state.key, args.update_epochs + 1)
-    carry = (state.params, state.opt_state), jnp.array(True)
-    ((params, opt_state), _), (metrics, took_place) = jax.lax.scan(epoch, carry, jnp.stack(keys))
-    if args.norm_obs:  # not before: the policy that learned had to be the one that played
+    _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), jnp.stack(keys))
+    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the first one above
+    params, opt_state = jax.tree.map(lambda x: x[last], learners)
+    if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
-    metrics = jax.tree.map(lambda x: x.mean(where=took_place), metrics)
+    metrics = jax.tree.map(lambda x: x.mean(where=jnp.arange(len(x)) <= last), metrics)
     metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
     return state._replace(params=params, opt_state=opt_state, key=key, step=state.step + args.batch_size), metrics
 
 
 # ==== Training ====
-def init_state(seed: Array, agent: Agent, env: Any, obs: Array, args: Args) -> State:
-    """The agent of `seed` before its first step."""
-    key, params_key, env_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-    env_state, zeros = None, jnp.zeros(args.num_envs)
-    if env:
-        env_state, obs = jax.vmap(env.reset)(jax.random.split(env_key, args.num_envs))
+def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
+    """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
+    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # a number that no split counts up to
+    keys = jax.vmap(partial(jax.random.split, num=num_envs))(key)
+    if isinstance(env, gym.vector.VectorEnv):
+        obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
+        return None, obs.reshape(*keys.shape[:2], -1).astype(np.float32)
+    return jax.jit(jax.vmap(jax.vmap(env.reset)))(keys)
+
+
+def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
+    """An agent before its first step."""
+    key, params_key = jax.random.split(key)
     params = agent.init(params_key, obs, method=lambda agent, obs: (agent.act(obs, key), agent.value(obs)))["params"]
     stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs.shape[1], 1)]
-    opt_state, episode = optimizer.init(params), jnp.zeros((args.num_envs, 2))
-    return State(params, opt_state, *stats, zeros, key, jnp.int32(0), env_state, obs, episode)
+    running_return, episode = jnp.zeros(len(obs)), jnp.zeros((len(obs), 2))
+    return State(params, optimizer.init(params), *stats, running_return, key, jnp.int32(0), env_state, obs, episode)
 
 
-def reset_on_host(state: State, envs: gym.vector.VectorEnv) -> State:
-    """The state of S agents at the start of S x N new episodes, by seeds that the agents' keys decide."""
-    num_envs = envs.num_envs // len(state.key)
-    seeds = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 0), (num_envs,)))(state.key)
-    obs, _ = envs.reset(seed=np.concatenate(np.asarray(seeds)).tolist())
-    return state._replace(obs=obs.reshape(len(seeds), num_envs, -1).astype(np.float32))
-
-
-def evaluate(state: State, agent: Agent, env: Any, envs: gym.vector.VectorEnv | None, args: Args) -> np.ndarray:
+def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
     """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
-    greedy = not args.eval_sample
-    state = state._replace(key=jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key))  # not those of training
+    policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
+    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key)  # not the keys that training goes on with
+    env_state, obs = start(key, env, args.eval_episodes)
+    state = state._replace(key=key, env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
 
     def play(state):
-        env_state, obs = jax.vmap(env.reset)(jax.random.split(state.key, args.eval_episodes))
-        state = state._replace(env_state=env_state, obs=obs)
-        _, batch = rollout(state, agent, env, args, env.max_steps, greedy)
+        _, batch = rollout(state, policy, env, env.max_steps)
         return batch._replace(obs=None, next_obs=None)  # they may be large
 
-    if envs:
-        policy = jax.jit(jax.vmap(partial(act, agent=agent, args=args, greedy=greedy)))
-        time_limit = envs.get_attr("spec")[0].max_episode_steps or 10_000
-        _, batch = rollout_on_host(reset_on_host(state, envs), policy, envs, time_limit)
+    if isinstance(env, gym.vector.VectorEnv):
+        time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
+        _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
+        env.close()
     else:
         batch = jax.device_get(jax.jit(jax.vmap(play))(state))
     first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
@@ -518,52 +511,48 @@ def finished(step: int, returns: list[np.ndarray], args: Args) -> bool:
 
 
 def train(args: Args) -> Result:
-    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for a loss that is not finite."""
-    env = make_jax_env(args)
+    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
+    env = make_jax_env(args) or make_envs(args, args.num_envs)
+    on_host = isinstance(env, gym.vector.VectorEnv)
     devices = jax.devices()[: math.gcd(args.num_seeds, len(jax.devices()))]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
-    envs = None if env else make_envs(args, args.num_envs)
-    agent = Agent(env.action_space if env else envs.single_action_space, args)
-    obs = None if env else jnp.zeros((args.num_envs, *envs.single_observation_space.shape))
-    init = partial(init_state, agent=agent, env=env, obs=obs, args=args)
+    agent = Agent(env.single_action_space if on_host else env.action_space, args)
     seeds = np.arange(args.seed, args.seed + args.num_seeds)
-    state = jax.jit(partial(jax.lax.map, init))(seeds)  # one by one: a batch of QR decompositions can deadlock a CPU
+    keys = jax.vmap(jax.random.PRNGKey)(seeds)
+    # one by one: a batch of QR decompositions can deadlock a CPU
+    state = jax.lax.map(lambda x: init_state(*x, agent), (keys, *start(keys, env, args.num_envs)))
     leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
-    saved = {"leaves": leaves, "returns": [np.zeros(0)] * len(seeds), "steps": [np.zeros(0, int)] * len(seeds)}
+    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds  # of each agent's episodes
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
-        saved = serialization.from_bytes(saved, (run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
+        saved = serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
         if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
             raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
-    returns, steps = saved["returns"], saved["steps"]  # of each agent's episodes
-    mesh, spec = Mesh(devices, "seeds"), PartitionSpec("seeds")
-    state = jax.device_put(jax.tree.unflatten(tree, saved["leaves"]), NamedSharding(mesh, spec))
+        leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
+    mesh, spec = jax.sharding.Mesh(devices, "seeds"), jax.P("seeds")
+    state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.NamedSharding(mesh, spec))
     # each device has some of the agents and never waits for the others
     over_seeds = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
-    on_host = args.eval_episodes and (envs or video_dir)
-    eval_envs = make_envs(args, args.eval_episodes, video_dir) if on_host else None
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
+
+    policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
+    if on_host:
+        policy, learn = (jax.jit(over_seeds(jax.vmap(function))) for function in (policy, learn))
+        state = state._replace(obs=start(state.key, env, args.num_envs)[1])
+    play = rollout_on_host if on_host else rollout
+
+    def iterate(state, _=None):
+        state, batch = play(state, policy, env, args.num_steps)
+        state, metrics = learn(state, batch)
+        return state, (batch.done, batch.episode, metrics)
+
     remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python takes 1 ms for each call, a third of a small iteration
-    length = max(k for k in range(1, 17) if remaining % k == 0) if env else 1
-
-    def learn(state, batch):
-        earned = jnp.stack([batch.reward, jnp.ones_like(batch.reward)], -1)
-        episode, carry = running_returns(earned, batch.done[..., None], state.episode, 1.0)
-        state, metrics = update(state._replace(episode=carry), batch, agent, args)
-        return state, (batch.done, episode, metrics)
-
-    def iterate(state, _):
-        return learn(*rollout(state, agent, env, args, args.num_steps, greedy=False))
-
-    if env:
-        run = jax.jit(over_seeds(jax.vmap(lambda state: jax.lax.scan(iterate, state, length=length))))
-    else:
-        state = reset_on_host(state, envs)
-        policy = jax.jit(over_seeds(jax.vmap(partial(act, agent=agent, args=args))))
-        learn = jax.jit(over_seeds(jax.vmap(learn)))
+    length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
+    run = iterate if on_host else jax.jit(over_seeds(jax.vmap(partial(jax.lax.scan, iterate, length=length))))
 
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
@@ -572,7 +561,7 @@ def train(args: Args) -> Result:
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
         lr = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
-        state, outcome = run(state) if env else learn(*rollout_on_host(state, policy, envs, args.num_steps))
+        state, outcome = run(state)
         done, episode, metrics = jax.device_get(outcome)
         iteration += length
         if not all(np.isfinite(x).all() for x in metrics.values()):
@@ -595,17 +584,18 @@ def train(args: Args) -> Result:
         bar.update(length * args.batch_size)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every < length):
             saved = {"leaves": jax.device_get(jax.tree.leaves(state)), "returns": returns, "steps": steps}
-            (run_dir / "checkpoint.tmp").write_bytes(serialization.to_bytes(saved))
+            (run_dir / "checkpoint.tmp").write_bytes(serialization.msgpack_serialize(saved))
             (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.msgpack")  # whole or not at all
     bar.close()
+    if on_host:
+        env.close()
     eval_returns = np.zeros((args.num_seeds, 0))
     if args.eval_episodes:
-        eval_returns = evaluate(state, agent, env, eval_envs, args)
+        eval_returns = evaluate(state, agent, eval_env, args)
         writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
         for seed, x in zip(seeds, eval_returns):
             print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
-    for opened in filter(None, (envs, eval_envs, writer)):
-        opened.close()
+    writer.close()
     print(run_dir)
     if args.num_seeds > 1:
         return Result(state.params, returns, steps, eval_returns, run_dir, state)
@@ -614,7 +604,7 @@ def train(args: Args) -> Result:
 
 
 def saved_args(run_dir: Path) -> Args:
-    """The flags of a run, to resume it: train(saved_args(run_dir))."""
+    """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})
 

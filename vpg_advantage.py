@@ -17,8 +17,8 @@ stands in for rewards further ahead, which lowers the variance again, at some bi
 
     grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
 
-with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. The gradient is
-that of the policy that played the batch, so one step per batch is the default; ppo.py is about taking many.
+with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. This gradient is
+that of the policy that played the batch, so one step per batch is the default; ppo.py takes many.
 A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t being the observation at the cut. Only
 `terminated` means that nothing follows; `done`, terminated or truncated, stops the sum.
 
