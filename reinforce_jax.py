@@ -335,7 +335,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         ret = (ret - ret.mean(where=mask > 0)) / (ret.std(where=mask > 0) + 1e-8)
     lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, (obs, action, ret, mask), agent, args)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
     direction, opt_state = optimizer.update(grads, state.opt_state)
     params, step = optax.tree.add_scale(state.params, -lr, direction), state.step + mask.sum(dtype=jnp.int32)

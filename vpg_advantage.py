@@ -15,7 +15,7 @@ REINFORCE weights grad log pi of each action by the return that followed. Subtra
 worth anyway, leaves the gradient unbiased and lowers its variance; a value network V learns it. With lambda < 1, V also
 stands in for rewards further ahead, which lowers the variance again, at some bias:
 
-    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
+    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]    [1, eq. 1; 2, eq. 1]
 
 with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. This gradient is
 that of the policy that played the batch, so one step per batch is the default; ppo.py takes many.

@@ -19,7 +19,7 @@ REINFORCE weights grad log pi of each action by the return that followed. Subtra
 worth anyway, leaves the gradient unbiased and lowers its variance; a value network V learns it. With lambda < 1, V also
 stands in for rewards further ahead, which lowers the variance again, at some bias:
 
-    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]                                                       [1, eq. 1; 2, eq. 1]
+    grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]    [1, eq. 1; 2, eq. 1]
 
 with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. This gradient is
 that of the policy that played the batch, so one step per batch is the default; ppo_jax.py takes many.
@@ -376,12 +376,10 @@ optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and mu
 
 
 def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
-    """Loss of a minibatch, and what to log."""
+    """Loss of a minibatch or of a part of it, and what to log."""
     obs, action, adv, ret = minibatch
     agent = agent.bind({"params": params})
     logp, entropy = agent.log_prob(obs, action)
-    if args.norm_adv:
-        adv = (adv - adv.mean()) / (adv.std() + 1e-8)
     pg_loss = policy_loss(logp, adv)
     v_loss = value_loss(agent.value(obs), ret)
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
@@ -413,10 +411,20 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     data = tuple(x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret))
     lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
 
+    # on a CPU in parts of 2,048 rows: what the layers of more of them give does not fit into its cache
+    size = args.batch_size // args.num_minibatches
+    num_parts = 1 if args.cuda else math.gcd(size, max(1, size // 2048))
+
     def descend(learner, rows):
         params, opt_state = learner
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, tuple(x[rows] for x in data), agent, args)
-        norm = optax.global_norm(grads)
+        obs, action, adv, *others = (x[rows] for x in data)
+        if args.norm_adv:
+            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+        parts = tuple(x.reshape(num_parts, -1, *x.shape[1:]) for x in (obs, action, adv, *others))
+        gradient = jax.grad(partial(loss_fn, agent=agent, args=args), has_aux=True)
+        outcome = jax.lax.map(partial(gradient, params), parts)
+        grads, metrics = jax.tree.map(lambda x: x.mean(0), outcome)
+        norm = optax.tree.norm(grads)
         grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
         direction, opt_state = optimizer.update(grads, opt_state)
         return (optax.tree.add_scale(params, -lr, direction), opt_state), metrics | {"grad_norm": norm}
@@ -462,16 +470,13 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
     env_state, obs = start(key, env, args.eval_episodes)
     state = state._replace(key=key, env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
 
-    def play(state):
-        _, batch = rollout(state, policy, env, env.max_steps)
-        return batch._replace(obs=None, next_obs=None)  # they may be large
-
     if isinstance(env, gym.vector.VectorEnv):
         time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
         env.close()
     else:
-        batch = jax.device_get(jax.jit(jax.vmap(play))(state))
+        play = partial(rollout, policy=policy, env=env, num_steps=env.max_steps)
+        _, batch = jax.device_get(jax.jit(jax.vmap(play))(state))
     first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
     return (batch.reward * first_episode).sum(1)
 
@@ -534,7 +539,7 @@ def train(args: Args) -> Result:
         return state, (batch.done, batch.episode, metrics)
 
     remaining = (args.total_timesteps - step) // args.batch_size
-    # iterations per call: Python takes 1 ms for each call, a third of a small iteration
+    # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
     run = iterate if on_host else jax.jit(over_seeds(jax.vmap(partial(jax.lax.scan, iterate, length=length))))
 
@@ -562,9 +567,8 @@ def train(args: Args) -> Result:
             scalars["charts/episodic_return"] = np.mean([x[-args.return_window :].mean() for x in returns if len(x)])
             scalars["charts/episodic_length"] = episode[done > 0, 1].mean()
             bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
-        if iteration % 16 < length:  # to log more often would take longer than a small iteration
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, step)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
         bar.update(length * args.batch_size)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every < length):
             saved = {"leaves": jax.device_get(jax.tree.leaves(state)), "returns": returns, "steps": steps}

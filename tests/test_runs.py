@@ -412,8 +412,9 @@ def test_readme_snippets(script, monkeypatch):
     """The Python of the README, with a tiny run in place of its flags and a real folder in place of runs/..."""
     result = run(script)
     module, names = importlib.import_module(script), {}
+    real_args = module.Args
     text = (ROOT / "README.md").read_text()
     (code,) = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"import {script}\n" in x]
-    monkeypatch.setattr(module, "Args", lambda **_: make_args(script))
+    monkeypatch.setattr(module, "Args", lambda **flags: real_args(**flags | SETTINGS[algorithm(script)]))
     exec(code.replace("runs/...", str(result.run_dir)), names)
     assert names["action"] in (0, 1)
