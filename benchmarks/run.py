@@ -1,18 +1,18 @@
 """Run the experiments of experiments.toml and condense them into results/.
 
-    python benchmarks/run.py                  # whatever is not finished
-    python benchmarks/run.py pendulum lunar   # of the experiments with these words in their names
+    python benchmarks/run.py                  # whatever is not finished, a run per core at a time
+    python benchmarks/run.py pendulum --ray   # with this word in its name; on the cluster that `ray start` has made
 
-A run is a call of its script's `train` in a process of its own, from the flags of the command line: `Result` holds what
-no log does, every episode of each of --num-seeds agents, the evaluation, and the agent to play with. It leaves an
-ordinary run folder under runs/. Condensed, for each experiment and script:
+A run is a call of its script's `train`, from the flags of the command line, in a process of its own: JAX and PyTorch
+are set up once per process. It leaves an ordinary run folder under runs/, on a cluster in Ray's own. Condensed:
 
-    results/NAME.csv           a row per seed, with its command. A seed whose row has the present command is finished
-    results/NAME.curve.csv     the mean of the last 100 training returns, on a grid of steps
-    results/NAME.episodes.csv  every training return of the first seed, under keep = "episodes"
-    results/NAME.play.csv      every reward of its evaluation episodes, under keep = "play"
+    results/NAME.csv           a row per seed: results, command, and the mean of the last 100 training returns at the
+                               step that heads the column. A seed whose row has the present command is finished
+    results/NAME.episodes.csv  step and return of every training episode of the first seed, under keep = "episodes"
+    results/NAME.play.csv      rewards of its evaluation, a line per episode, under keep = "play"
 
-An interrupted run is started again and not resumed, so that a command always means the same numbers.
+Rows are written as each run finishes. A run whose process is killed is started again; so is, by the next call, one that
+was under way when this program was killed. None is resumed, so that a command always means the same numbers.
 """
 
 import csv
@@ -22,28 +22,33 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import tomllib
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # the scripts, and envs/
 
-FIRST_SEED, WINDOW, POINTS = 100, 100, 100  # seeds from, episodes that a training return averages, steps in a curve
+FIRST_SEED, WINDOW, POINTS = 100, 100, 50  # seeds from, episodes that a training return averages, steps in a curve
+ATTEMPTS = 3  # at a run whose process is killed
+PACKAGES = ("torch", "jax", "flax", "optax", "gymnasium", "gymnax", "numpy")  # whose versions matter
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Experiment:
     shows: str = ""
     why: str = ""
     published: str = ""
+    best: str = ""
+    measure: Literal["training", "evaluation"] = "training"
     one_program: bool = False
     threshold: float | None = None
     collapse: float | None = None
@@ -78,195 +85,215 @@ class Experiment:
         return f"python {self.script}.py {self.flags} --seed {seed}"
 
 
+class Outcome(NamedTuple):
+    """What comes of a run."""
+
+    experiment: Experiment
+    seed: int  # the first one, if the run has several
+    rows: list[dict]  # of NAME.csv
+    kept: list[np.ndarray]  # what `keep` asks for, of each seed
+    error: str = ""
+
+
 def experiments(path: Path, words: Iterable[str] = ()) -> list[Experiment]:
     """Those of the file whose names hold one of the words, or all."""
-    tables = tomllib.loads(path.read_text())
-    every = [(table, entry, script) for table, entry in tables.items() for script in entry.pop("scripts")]
-    every = [Experiment(table, script, **entry) for table, entry, script in every]
+    every = []
+    for table, entry in tomllib.loads(path.read_text()).items():
+        every += [Experiment(table, script, **entry) for script in entry.pop("scripts")]
     return [e for e in every if not words or any(word in e.name for word in words)]
 
 
-# ===================================================== CSV files ======================================================
-
-
+# ==== CSV files ====
 def read(path: Path) -> list[dict[str, str]]:
     """The rows, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Whole or not at all, sorted by seed."""
+    """Whole or not at all."""
     with path.with_suffix(".partial").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: int(row["seed"])))
+        writer.writerows(rows)
     path.with_suffix(".partial").replace(path)
 
 
-def finished(experiment: Experiment, out: Path) -> set[int]:
-    """Seeds that have a row made by the present command."""
+def finished(experiment: Experiment, out: Path) -> list[dict[str, str]]:
+    """The rows that the present command made."""
     rows = read(out / f"{experiment.name}.csv")
-    return {int(row["seed"]) for row in rows if row["command"] == experiment.command(int(row["seed"]))}
+    return [row for row in rows if row["command"] == experiment.command(int(row["seed"]))]
 
 
-def store(experiment: Experiment, files: dict[str, list[dict]], out: Path) -> None:
-    """Add a run's rows to the experiment's files; what other commands or broken-off runs left in them goes."""
-    kept = finished(experiment, out)
-    for suffix, rows in sorted(files.items(), reverse=True):  # last NAME.csv, which says that the run is finished
-        path = out / f"{experiment.name}{suffix}.csv"
-        write(path, [row for row in read(path) if int(row["seed"]) in kept] + rows)
+def store(outcome: Outcome, out: Path) -> None:
+    """Add a run to its experiment's files; rows of other commands go."""
+    e = outcome.experiment
+    if outcome.kept and outcome.seed == FIRST_SEED:
+        np.savetxt(out / f"{e.name}.{e.keep}.csv", outcome.kept[0], "%.6g", ",")
+    rows = finished(e, out) + outcome.rows  # written last: they say that the run is finished
+    write(out / f"{e.name}.csv", sorted(rows, key=lambda row: int(row["seed"])))
 
 
-# ===================================================== Condensing =====================================================
-
-
+# ==== A run ====
 def rolling(returns: np.ndarray) -> np.ndarray:
     """[episodes] -> [episodes + 1]: the mean of the last WINDOW of the first 0, 1, 2, ... episodes."""
     total, n = np.concatenate([[0], np.cumsum(returns, dtype=float)]), np.arange(len(returns) + 1)
     return (total - total[np.maximum(n - WINDOW, 0)]) / np.clip(n, 1, WINDOW)
 
 
-def read_clock(run_dir: Path) -> np.ndarray:
-    """[2, iterations]: environment steps, and the seconds that they took from the start of training, compilation
-    included, from the run's log."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    start = log.Tensors("arguments/text_summary")[0].wall_time
-    return np.array([(0, 0), *((e.step, e.wall_time - start) for e in log.Scalars("charts/SPS"))]).T
-
-
-def curve(returns: np.ndarray, steps: np.ndarray, clock: np.ndarray, last_step: int) -> list[dict]:
-    """The rolling mean at POINTS steps up to `last_step`, from the first finished episode to the end of the run."""
+def curve(returns: np.ndarray, steps: np.ndarray, last_step: int) -> dict[str, str]:
+    """The rolling mean at POINTS steps: empty until an episode has finished, the last one after a run that stopped."""
     grid = np.linspace(0, last_step, POINTS + 1).astype(int)[1:]
     n = np.searchsorted(steps, grid, side="right")  # episodes finished by then
-    values = zip(grid, n, np.interp(grid, *clock), rolling(returns)[n], strict=True)
-    rows = [{"step": s, "episodes": n, "seconds": f"{t:.1f}", "return": f"{r:.5g}"} for s, n, t, r in values]
-    return [row for row in rows if row["episodes"] and row["step"] <= clock[0, -1]]
+    return {str(step): f"{x:.5g}" if k else "" for step, k, x in zip(grid, n, rolling(returns)[n])}
 
 
-def summary(returns: np.ndarray, steps: np.ndarray, clock: np.ndarray, evaluation: np.ndarray, threshold: float | None):
-    """The training of one agent in a row."""
+def summary(returns: np.ndarray, steps: np.ndarray, evaluation: np.ndarray, threshold: float | None) -> dict:
+    """The training of one agent: `steps` until its last episode finished; the step at which the rolling mean first
+    `reached` the threshold, and the `lowest_after` that."""
     means = rolling(returns)
-    row = {"steps": int(clock[0, -1]), "episodes": len(returns), "seconds": f"{clock[1, -1]:.1f}"}
-    row |= {"return": f"{means[-1]:.6g}", "reached": "", "lowest_after": ""}
+    row = {"steps": int(steps.max(initial=0)), "episodes": len(returns), "return": f"{means[-1]:.6g}"}
+    row |= {"reached": "", "lowest_after": "", "eval_mean": "", "eval_std": ""}
     above = means[WINDOW:] >= (np.inf if threshold is None else threshold)  # of full windows
     if above.any():
         first = WINDOW + int(above.argmax())
-        row |= {"reached": steps[first - 1], "lowest_after": f"{means[first:].min():.6g}"}
-    mean, std = (f"{evaluation.mean():.6g}", f"{evaluation.std():.6g}") if len(evaluation) else ("", "")
-    return row | {"eval_episodes": len(evaluation), "eval_mean": mean, "eval_std": std}
+        row |= {"reached": int(steps[first - 1]), "lowest_after": f"{means[first:].min():.6g}"}
+    if len(evaluation):
+        row |= {"eval_mean": f"{evaluation.mean():.6g}", "eval_std": f"{evaluation.std():.6g}"}
+    return row
 
 
-def play(module: Any, agent: Any, args: Any) -> list[np.ndarray]:
-    """The rewards of --eval-episodes episodes, from the evaluation's seeds. For the PyTorch scripts."""
-    import torch
+def play(module: Any, agent: Any, args: Any) -> np.ndarray:
+    """[eval_episodes, steps]: the rewards of PyTorch's evaluation, played again, if episodes have one length."""
+    rewards = []
 
-    env, rewards = module.make_env(args), []
-    for seed in module.env_seeds(args.seed, 0, args.eval_episodes, stream=1):
-        obs, done, episode = env.reset(seed=seed)[0], False, []
-        while not done:
-            with torch.inference_mode():
-                action = agent.act(torch.from_numpy(obs), greedy=not args.eval_sample).numpy()
-            obs, reward, terminated, truncated, _ = env.step(action)
-            episode.append(reward)
-            done = terminated or truncated
-        rewards.append(np.array(episode))
-    return rewards
+    def record(reward: float) -> float:
+        rewards.append(reward + 0.0)  # not -0
+        return reward
+
+    module.evaluate(agent, gym.wrappers.TransformReward(module.make_env(args), record), args)
+    return np.reshape(rewards, (args.eval_episodes, -1))
 
 
-def run(experiment: Experiment, seed: int) -> dict[str, list[dict]]:
-    """Train in this process. Returns the rows for each of the experiment's files, by suffix."""
-    module = importlib.import_module(experiment.script)
-    args = tyro.cli(module.Args, args=shlex.split(experiment.command(seed))[2:])
+def run(e: Experiment, seed: int) -> Outcome:
+    """Train in this process."""
+    module = importlib.import_module(e.script)
+    args = tyro.cli(module.Args, args=shlex.split(e.command(seed))[2:])
+    start = time.perf_counter()
     with redirect_stdout(io.StringIO()):
         result = module.train(args)
-    clock, files = read_clock(result.run_dir), {"": [], ".curve": []}
+    seconds = time.perf_counter() - start
+    last_step = args.total_timesteps - args.total_timesteps % getattr(args, "batch_size", 1)
     agents = [(result.episode_returns, result.episode_steps, result.eval_returns)]
-    if experiment.seeds_per_process > 1:
-        agents = zip(*agents[0], strict=True)
+    if e.seeds_per_process > 1:
+        agents = zip(*agents[0])
+    outcome = Outcome(e, seed, [], [])
     for i, (returns, steps, evaluation) in enumerate(agents):
-        of_seed, last_reward, success = {"seed": seed + i}, "", ""
-        if experiment.keep == "play":
-            rewards = play(module, result.agent, args)
-            last = np.array([episode[-1] for episode in rewards])
-            last_reward, success = f"{last.mean():.6g}", f"{(last == 0).mean():.6g}"
-        if experiment.keep == "play" and seed + i == FIRST_SEED:
-            points = [(episode, t, r) for episode, row in enumerate(rewards) for t, r in enumerate(row)]
-            files[".play"] = [of_seed | {"episode": e, "step": t, "reward": f"{r:.6g}"} for e, t, r in points]
-        if experiment.keep == "episodes" and seed + i == FIRST_SEED:
-            points = zip(steps, returns, strict=True)
-            files[".episodes"] = [of_seed | {"step": step, "return": f"{r:.6g}"} for step, r in points]
-        row = of_seed | summary(returns, steps, clock, evaluation, experiment.threshold)
-        files[""].append(row | {"last_reward": last_reward, "success": success, "command": experiment.command(seed)})
-        files[".curve"] += [of_seed | point for point in curve(returns, steps, clock, args.last_step)]
-    return files
+        row = {"seed": seed + i, "seconds": f"{seconds:.1f}"} | summary(returns, steps, evaluation, e.threshold)
+        if e.keep == "play":
+            outcome.kept.append(play(module, result.agent, args))
+            last = outcome.kept[-1][:, -1]
+            row |= {"last_reward": f"{last.mean():.6g}", "success": f"{np.mean(last == 0):.6g}"}
+        if e.keep == "episodes":
+            outcome.kept.append(np.column_stack([steps, returns]))
+        outcome.rows.append(row | {"command": e.command(seed)} | curve(returns, steps, last_step))
+    return outcome
 
 
-# ====================================================== Running =======================================================
+def attempt(e: Experiment, seed: int) -> Outcome:
+    """`run`; one that fails stops no other."""
+    try:
+        return run(e, seed)
+    except (Exception, SystemExit) as error:
+        return Outcome(e, seed, [], [], f"{type(error).__name__}: {error}")
 
 
-def run_apart(experiment: Experiment, seed: int) -> dict[str, list[dict]]:
-    """`run` in a new process: JAX and PyTorch are set up once per process, and a crash ends that run alone."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(run, experiment, seed).result()
+# ==== Many runs ====
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended, in whatever way."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def machine() -> dict[str, str]:
-    """What the numbers were made with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    packages = ("torch", "jax", "flax", "optax", "gymnasium", "gymnax", "numpy")
-    versions = {package: version(package) for package in packages}
-    return {"cpu": cpu, "cores": str(os.cpu_count()), "python": platform.python_version()} | versions
+def apart(e: Experiment, seed: int) -> Outcome:
+    """`attempt` in a new process, and in another one if that is killed."""
+    spawn = multiprocessing.get_context("spawn")
+    for _ in range(ATTEMPTS):
+        with ProcessPoolExecutor(1, spawn, end_with_parent) as process, suppress(BrokenProcessPool):
+            return process.submit(attempt, e, seed).result()
+    return Outcome(e, seed, [], [], f"killed {ATTEMPTS} times")
 
 
-def main(
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
-    table: Path = HERE / "experiments.toml",
-    out: Path = HERE / "results",
-    jobs: int = os.cpu_count() or 1,
-) -> int:
-    """Run what is not finished of the experiments with one of WORDS in their names; without words, of all.
+def here(tasks: list[tuple[Experiment, int]], jobs: int) -> Iterator[Outcome]:
+    """On this machine: threads, each of which waits for a process."""
+    from joblib import Parallel, delayed
 
-    Args:
-        table: the experiments
-        out: folder of the condensed results
-        jobs: runs at a time
-    """
-    os.environ["TQDM_DISABLE"] = "1"  # the runs' bars; tqdm read it on import, so not this one's
-    out.mkdir(parents=True, exist_ok=True)
-    tasks, chosen = [], experiments(table, words)
-    if not chosen:
-        sys.exit(f"error: no name of an experiment in {table} has one of the words {' '.join(words)}")
-    for experiment in chosen:
-        seeds = range(FIRST_SEED, FIRST_SEED + experiment.seeds, experiment.seeds_per_process)
-        tasks += [(experiment, seed) for seed in seeds if seed not in finished(experiment, out)]
-    failed = 0
-    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
-        futures = {pool.submit(run_apart, *task): task for task in tasks}
+    return Parallel(jobs, backend="threading", return_as="generator_unordered")(delayed(apart)(*task) for task in tasks)
+
+
+def on_ray(tasks: list[tuple[Experiment, int]]) -> Iterator[Outcome]:
+    """On a Ray cluster, which gets a copy of the scripts. Ray itself starts a run again whose process or machine is
+    gone; joblib's backend for Ray does not."""
+    import ray
+
+    settings = {"working_dir": str(HERE.parent), "excludes": [".git", "runs"], "env_vars": {"TQDM_DISABLE": "1"}}
+    ray.init("auto", runtime_env=settings, log_to_driver=False)
+    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=ATTEMPTS - 1)(attempt)
+    futures = {remote.remote(*task): task for task in tasks}
+    while futures:
+        (future,), _ = ray.wait(list(futures))
+        task = futures.pop(future)
         try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-            for future in tqdm(as_completed(futures), total=len(tasks), unit="run"):
-                experiment, seed = futures[future]
-                try:
-                    store(experiment, future.result(), out)
-                    (out / "machine.json").write_text(json.dumps(machine(), indent=4) + "\n")
-                except (Exception, SystemExit) as error:  # the others go on
-                    failed += 1
-                    tqdm.write(f"{experiment.name}, seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in futures):
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                time.sleep(0.2)
-            print("stopped: the same command goes on with what is not finished", file=sys.stderr)
-            return 130
+            yield ray.get(future)
+        except ray.exceptions.RayError as error:  # killed too often
+            yield Outcome(*task, [], [], f"{type(error).__name__}: {error}")
+
+
+def processor() -> str:
+    """What the operating system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return " ".join(re.sub(r"\((R|TM)\)|Processor", "", names[0] if names else platform.machine()).split())
+
+
+def note_machine(path: Path, packages: Iterable[str]) -> None:
+    """Add this one to a file's list of what numbers were made with."""
+    this = {"cpu": f"{processor()}, {os.cpu_count()} cores", "python": platform.python_version()}
+    this |= {package: version(package) for package in packages}
+    known = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps(known if this in known else [*known, this], indent=4) + "\n")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run what is not finished of the experiments."""
+
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # only those with one of them in their names
+    table: Path = HERE / "experiments.toml"  # the experiments
+    out: Path = HERE / "results"  # folder of the condensed results
+    jobs: int = os.cpu_count() or 1  # runs at a time, on this machine
+    ray: bool = False  # run on a Ray cluster, not on this machine alone
+
+
+def main(args: Args) -> int:
+    os.environ["TQDM_DISABLE"] = "1"  # the runs' bars; tqdm read it on import, so not this one's
+    args.out.mkdir(parents=True, exist_ok=True)
+    tasks, failed, chosen = [], 0, experiments(args.table, args.words)
+    if not chosen:
+        sys.exit(f"error: no name of an experiment in {args.table} has one of the words {' '.join(args.words)}")
+    for e in chosen:
+        done = {int(row["seed"]) for row in finished(e, args.out)}
+        seeds = range(FIRST_SEED, FIRST_SEED + e.seeds, e.seeds_per_process)
+        tasks += [(e, seed) for seed in seeds if seed not in done]
+    for outcome in tqdm(on_ray(tasks) if args.ray else here(tasks, args.jobs), total=len(tasks), unit="run"):
+        if outcome.error:
+            failed += 1
+            tqdm.write(f"{outcome.experiment.name}, seed {outcome.seed}: {outcome.error}", file=sys.stderr)
+        else:
+            store(outcome, args.out)
+            note_machine(args.out / "machine.json", PACKAGES)
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once; the runs end with this process
+    sys.exit(main(tyro.cli(Args)))

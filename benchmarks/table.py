@@ -2,8 +2,9 @@
 
     python benchmarks/table.py --readme README.md
 
-Means over seeds with 95 % bootstrap intervals. The README, if named, gets those that have published results to be
-compared with, between its two marks.
+Means over seeds with 95 % bootstrap intervals. What stands outside of the marks in RESULTS.md is written by hand. The
+README, if named, gets a short table between its own marks: PPO beside the best published result, for experiments that
+name one.
 """
 
 import json
@@ -13,39 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from scipy.stats import bootstrap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.run import HERE, Experiment, experiments, read
+from benchmarks.run import HERE, Experiment, experiments, finished
 
-HEADER = """# Results
-
-Written by `python benchmarks/table.py` from `benchmarks/results/`, which `python benchmarks/run.py` fills from
-`benchmarks/experiments.toml`. Means over all seeds that were run, 100, 101, ..., in brackets the 95 % bootstrap
-interval of that mean; of three seeds it is the lowest and the highest. *Training* is the mean return of the last 100
-training episodes, *evaluation* that of fresh episodes with the trained agent, 10 where the command does not say how
-many. Times are of a whole process, one seed or all of a command with `--num-seeds`, and their median over processes.
-
-Made with """
+COLUMNS = {"training": "return", "evaluation": "eval_mean"}  # what the tables and the CSV files call them
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean; nothing is known from a single value."""
+def interval(values: np.ndarray) -> np.ndarray:
+    """95 % bootstrap interval of the mean over seeds: [seeds, ...] -> [2, ...]; not a number if there is only one."""
     if len(values) < 2:
-        return np.nan, np.nan
-    return tuple(bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval)
+        return np.full((2, *values.shape[1:]), np.nan)
+    weights = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), 10_000)
+    return np.quantile(weights / len(values) @ values, (0.025, 0.975), axis=0)
 
 
 def column(rows: list[dict[str, str]], name: str) -> np.ndarray:
     """The numbers in the rows that have one."""
-    return np.array([float(row[name]) for row in rows if row[name]])
+    return np.array([float(row[name]) for row in rows if row.get(name)])
 
 
-def with_interval(values: np.ndarray, scale: float = 1, digits: int = 1) -> str:
+def with_interval(values: np.ndarray, digits: int = 1) -> str:
     """The mean and its interval, for a cell."""
+    if not len(values):
+        return ""
     low, high = interval(values)
-    bracket = "" if np.isnan(low) else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return f"{scale * values.mean():.{digits}f}{bracket}" if len(values) else ""
+    bracket = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{values.mean():.{digits}f}{bracket}"
 
 
 def flag(e: Experiment, name: str) -> str:
@@ -56,17 +51,17 @@ def flag(e: Experiment, name: str) -> str:
 
 def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
     """What only some experiments are asked."""
-    found, success, reached = [], column(rows, "success"), column(rows, "reached")
-    if len(success):
-        found += [f"last reward {with_interval(column(rows, 'last_reward'), digits=3)}"]
-        found += [f"success {with_interval(success, 100)} %, worst seed {100 * success.min():.0f} %"]
+    found, success, reached = [], 100 * column(rows, "success"), column(rows, "reached")
+    if e.keep == "play":
+        found += [f"last reward {with_interval(column(rows, 'last_reward'), 3)}"]
+        found += [f"success {with_interval(success)} %, worst seed {success.min():.0f} %"]
     if e.threshold is not None:
         found += [f"{len(reached)} of {len(rows)} reached {e.threshold:g}"]
-        if len(reached):
-            lowest = column(rows, "lowest_after")
-            found[-1] += f", at step {np.median(reached):,.0f} (median), after that the lowest was {lowest.min():.0f}"
-            if e.collapse is not None:
-                found[-1] += f", {(lowest < e.collapse).sum()} fell below {e.collapse:g}"
+    if len(reached):
+        lowest = column(rows, "lowest_after")
+        found[-1] += f", at step {np.median(reached):,.0f} (median), after that the lowest was {lowest.min():.0f}"
+        if e.collapse is not None:
+            found[-1] += f", {(lowest < e.collapse).sum()} fell below {e.collapse:g}"
     if e.pass_mark is not None:
         margins = column(rows, "eval_mean") - column(rows, "eval_std")
         passed = f"{(margins >= e.pass_mark).sum()} of {len(rows)}"
@@ -78,60 +73,51 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
     return "; ".join(found)
 
 
-def section(group: list[tuple[Experiment, list[dict[str, str]]]]) -> str:
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """A table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+
+
+def section(group: list[tuple[Experiment, list[dict]]]) -> str:
     """One table of experiments.toml: what it shows, a row per script, and the commands."""
-    e = group[0][0]
+    e, cells = group[0][0], []
     shows = " ".join(filter(None, (e.shows, e.published and f"Published: {e.published}.")))
-    lines = [f"## {e.table}\n", f"{shows} Settings: {e.why}\n"]
-    lines += ["| script | seeds | training | evaluation | | minutes |", "|---|---|---|---|---|---|"]
     for e, rows in group:
-        minutes = np.median(column(rows, "seconds")) / 60
-        cells = [f"`{e.script}.py`", len(rows), with_interval(column(rows, "return"))]
-        cells += [with_interval(column(rows, "eval_mean")), notes(e, rows), f"{minutes:.1f}"]
-        lines += ["| " + " | ".join(map(str, cells)) + " |"]
-    commands = [rows[0]["command"] for _, rows in group]
-    return "\n".join([*lines, "\n```", *commands, "```\n"])
+        of_both = [with_interval(column(rows, name)) for name in COLUMNS.values()]
+        minutes = f"{np.median(column(rows, 'seconds')) / 60:.1f}"
+        cells.append([f"`{e.script}.py`", len(rows), *of_both, notes(e, rows), minutes])
+    table = markdown(["script", "seeds", *COLUMNS, "", "minutes"], cells)
+    commands = "\n".join(rows[0]["command"] for _, rows in group)
+    return f"## {e.table}\n\n{shows} Settings: {e.why}\n\n{table}\n```\n{commands}\n```\n"
 
 
-def short(groups: list[list[tuple[Experiment, list[dict[str, str]]]]]) -> str:
-    """The README's table, and the commands of its rows with their first seed."""
-    columns = ("environment, steps", "script", "training", "evaluation", "published", "seeds")
-    lines, commands = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"], []
-    published = [row for group in groups for row in group if row[0].published]
-    tables = {(flag(e, "--env-id"), e.table) for e, _ in published}
-    for e, rows in published:
-        several = sum(env_id == flag(e, "--env-id") for env_id, _ in tables) > 1
-        which = f" ({e.table})" if several else ""
-        cells = [f"{flag(e, '--env-id')}, {int(rows[0]['steps']):,}{which}", f"`{e.script}.py`"]
-        cells += [with_interval(column(rows, name)) for name in ("return", "eval_mean")]
-        cells += [e.published, len(rows)]
-        lines += ["| " + " | ".join(map(str, cells)) + " |"]
-        commands += [rows[0]["command"]]
-    folded = ["\n<details><summary>Commands, with the first seed</summary>\n\n```", *commands, "```\n\n</details>\n"]
-    return "\n".join([*lines, *folded])
+def short(groups: list[list[tuple[Experiment, list[dict]]]]) -> str:
+    """The README's table: experiments that name a `best` published result, each by its last scripts."""
+    cells = []
+    for group in groups:
+        e = group[0][0]
+        if e.best:
+            ours = {e.script.endswith("_jax"): with_interval(column(rows, COLUMNS[e.measure])) for e, rows in group}
+            steps = f"{int(flag(e, '--total-timesteps')):,}"
+            row = [flag(e, "--env-id"), steps, e.measure, ours.get(False, ""), ours.get(True, ""), e.best]
+            cells.append([*row, len(group[-1][1])])
+    return markdown(["environment", "steps", "return in", "`ppo.py`", "`ppo_jax.py`", "best published", "seeds"], cells)
 
 
-def long_runs(rows: list[dict[str, str]]) -> str:
-    """What `long_run.py` saw: a row per run, each quantity after five minutes and at the end."""
-    lines = [
-        "## Long runs\n",
-        "CartPole-v1, default flags but for 2,000,000,000 steps, side by side; after five minutes and at the end.\n",
-    ]
-    lines += ["| run | minutes | steps | resident memory, MB | open files | processor seconds per 1,000 steps |"]
-    lines += ["|---" * 6 + "|"]
-    for name in dict.fromkeys(row["run"] for row in rows):
-        of_run = [row for row in rows if row["run"] == name]
-        early = min(of_run, key=lambda row: abs(float(row["minute"]) - 5))
-        pairs = (f"{early[key]}, {of_run[-1][key]}" for key in ("memory", "files", "seconds_per_1000"))
-        lines += [f"| {name} | {of_run[-1]['minute']} | {int(of_run[-1]['step']):,} | {' | '.join(pairs)} |"]
-    return "\n".join(lines) + "\n"
+def made_with(path: Path) -> str:
+    """The machines and versions that run.note_machine noted."""
+    machines = [", ".join(f"{name} {value}" for name, value in found.items()) for found in json.loads(path.read_text())]
+    return "Made with " + ";\nor with ".join(machines) + ".\n"
 
 
-def put_into(readme: Path, script: str, text: str) -> None:
-    """Replace what stands between this script's mark in the README and the next end mark."""
+def put_into(file: Path, script: str, text: str) -> None:
+    """Replace what stands between this script's mark in the file and the next end mark."""
     begin, end = f"<!-- written by benchmarks/{script} -->\n", "<!-- until here -->"
-    new = f"{begin}\n{text}\n{end}"
-    readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: new, readme.read_text(), flags=re.DOTALL))
+    new, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", file.read_text(), flags=re.DOTALL)
+    if not found:
+        sys.exit(f"error: {file} lacks the lines {begin}{end}")
+    file.write_text(new)
 
 
 def main(
@@ -139,17 +125,14 @@ def main(
     results: Path = HERE / "results",
     out: Path = HERE / "RESULTS.md",
     readme: Path | None = None,
-):
-    """Write `out` from the experiments of `table` that have results."""
+) -> None:
+    """Write the tables of those experiments in TABLE that have results."""
     groups = {}
     for e in experiments(table):
-        rows = [r for r in read(results / f"{e.name}.csv") if r["command"] == e.command(int(r["seed"]))]
-        if rows:
+        if rows := finished(e, results):
             groups.setdefault(e.table, []).append((e, rows))
-    made_with = json.loads((results / "machine.json").read_text())
-    header = HEADER + ", ".join(f"{name} {value}" for name, value in made_with.items()) + ".\n"
-    watched = read(results / "long_run.csv")
-    out.write_text("\n".join([header, *map(section, groups.values()), *([long_runs(watched)] if watched else [])]))
+    sections = [made_with(results / "machine.json"), *map(section, groups.values())]
+    put_into(out, "table.py", "\n".join(sections))
     if readme is not None:
         put_into(readme, "table.py", short(list(groups.values())))
 
