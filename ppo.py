@@ -28,7 +28,6 @@ Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and
 Run: python ppo.py --env-id CartPole-v1. Diff: vpg_advantage.py (what clipping adds), ppo_jax.py (the same in JAX).
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -78,7 +77,7 @@ class Args:
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations
     norm_reward: bool = False  # divide rewards by the deviation of discounted returns
-    clip_coef: float = 0.2  # eps, how far from 1 the ratio gains
+    clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # end the update after an epoch of a larger KL
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -228,7 +227,7 @@ def gae(
     for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind())):
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    [1, eq. 16, as a recursion]
         adv.append(delta_t + decay_t * adv[-1])
-    return torch.stack(adv[:0:-1])
+    return torch.stack(adv[1:][::-1])
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -440,8 +439,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.pt").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

@@ -33,7 +33,6 @@ Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and
 Run: python ppo_jax.py --env-id CartPole-v1. Diff: vpg_advantage_jax.py (what clipping adds), ppo.py (in PyTorch).
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -90,7 +89,7 @@ class Args:
     norm_adv: bool = True  # standardise the advantages of each minibatch
     norm_obs: bool = False  # standardise observations
     norm_reward: bool = False  # divide rewards by the deviation of discounted returns
-    clip_coef: float = 0.2  # eps, how far from 1 the ratio gains
+    clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # end the update after an epoch of a larger KL
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -141,7 +140,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if video_dir:
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
-        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
+        env = gym.wrappers.RecordVideo(env, video_dir)
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
@@ -175,7 +174,6 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args) -> Any:
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of a GPU's memory
     with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
@@ -358,7 +356,7 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
         # where an episode ended, the next one begins
         fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
         choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        env_state, obs, episode = choose(done, (*fresh, 0 * episode), (env_state, next_obs, episode))
+        env_state, obs, episode = choose(done, (*fresh, jnp.zeros_like(episode)), (env_state, next_obs, episode))
         return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
 
     return jax.lax.scan(play, state, length=num_steps)
@@ -367,7 +365,8 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
 def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
     """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
-    rows, shape, obs, player = [], state.obs.shape, np.concatenate(state.obs), state._replace(opt_state=None)
+    player = state._replace(opt_state=None)  # passing arguments takes time
+    rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)
     for act_key in keys[1:]:
         action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
         new_obs, reward, terminated, truncated, info = env.step(to_env(env.single_action_space, action))
@@ -448,21 +447,23 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         learner, metrics = jax.lax.scan(descend, learner, rows)
         return learner, (learner, jax.tree.map(jnp.mean, metrics))
 
-    key, *keys = jax.random.split(state.key, args.update_epochs + 1)
-    _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), jnp.stack(keys))
-    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the first one above
+    keys = jax.random.split(state.key, args.update_epochs + 1)
+    _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
+    # all epochs are computed; what counts is the first one of a larger KL, or else the last
+    too_far = metrics["approx_kl"][:-1] > (math.inf if args.target_kl is None else args.target_kl)
+    last = jnp.append(too_far, True).argmax()
     params, opt_state = jax.tree.map(lambda x: x[last], learners)
     if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
     metrics = jax.tree.map(lambda x: x.mean(where=jnp.arange(len(x)) <= last), metrics)
     metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
-    return state._replace(params=params, opt_state=opt_state, key=key, step=state.step + args.batch_size), metrics
+    return state._replace(params=params, opt_state=opt_state, key=keys[0], step=state.step + args.batch_size), metrics
 
 
 # ==== Training ====
 def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
     """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
-    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # a number that no split counts up to
+    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # not the keys that split(key) gives
     keys = jax.vmap(partial(jax.random.split, num=num_envs))(key)
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
@@ -473,7 +474,7 @@ def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
 def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
     """An agent before its first step."""
     key, params_key = jax.random.split(key)
-    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.act(obs, key), agent.value(obs)))["params"]
+    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.actor(obs), agent.critic(obs)))["params"]
     stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs.shape[1], 1)]
     running_return, episode = jnp.zeros(len(obs)), jnp.zeros((len(obs), 2))
     return State(params, optimizer.init(params), *stats, running_return, key, jnp.int32(0), env_state, obs, episode)
@@ -482,9 +483,8 @@ def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
 def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
     """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
     policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
-    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key)  # not the keys that training goes on with
-    env_state, obs = start(key, env, args.eval_episodes)
-    state = state._replace(key=key, env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
+    env_state, obs = start(state.key, env, args.eval_episodes)
+    state = state._replace(env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
 
     if isinstance(env, gym.vector.VectorEnv):
         time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
@@ -519,7 +519,8 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()[: math.gcd(args.num_seeds, len(jax.devices()))]
+    devices = jax.devices()
+    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_seeds % k == 0)]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
@@ -538,14 +539,16 @@ def train(args: Args) -> Result:
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
     mesh, spec = jax.sharding.Mesh(devices, "seeds"), jax.P("seeds")
     state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.NamedSharding(mesh, spec))
-    # each device has some of the agents and never waits for the others
-    over_seeds = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def over_seeds(function):  # each device has some of the agents and never waits for the others
+        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
     eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
 
     policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = (jax.jit(over_seeds(jax.vmap(function))) for function in (policy, learn))
+        policy, learn = over_seeds(policy), over_seeds(learn)
         state = state._replace(obs=start(state.key, env, args.num_envs)[1])
     play = rollout_on_host if on_host else rollout
 
@@ -557,7 +560,7 @@ def train(args: Args) -> Result:
     remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
-    run = iterate if on_host else jax.jit(over_seeds(jax.vmap(partial(jax.lax.scan, iterate, length=length))))
+    run = iterate if on_host else over_seeds(partial(jax.lax.scan, iterate, length=length))
 
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
@@ -614,8 +617,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.msgpack").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

@@ -33,7 +33,6 @@ Shapes: T = steps of the longest episode, N = num_envs; D and A are the sizes of
 Run: python reinforce.py --env-id CartPole-v1. Diff: vpg_advantage.py (a baseline), reinforce_jax.py (the same in JAX).
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -182,7 +181,7 @@ def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     for reward_t, done_t in zip(reversed(reward.unbind()), reversed(done.unbind())):
         # G_t = R_t + gamma (1 - done_t) G_{t+1}    [2, eq. 3.9, whose R_{t+1} is our R_t]
         ret.append(reward_t + gamma * (1 - done_t) * ret[-1])
-    return torch.stack(ret[:0:-1])
+    return torch.stack(ret[1:][::-1])
 
 
 def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
@@ -344,8 +343,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.pt").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

@@ -38,7 +38,6 @@ Shapes: T = time limit of an episode, N = num_envs; D and A are the sizes of an 
 Run: python reinforce_jax.py --env-id CartPole-v1. Diff: vpg_advantage_jax.py (a baseline), reinforce.py (in PyTorch).
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -133,7 +132,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if video_dir:
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
-        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
+        env = gym.wrappers.RecordVideo(env, video_dir)
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
@@ -167,7 +166,6 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args) -> Any:
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of a GPU's memory
     with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
@@ -385,7 +383,8 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()[: math.gcd(args.num_seeds, len(jax.devices()))]
+    devices = jax.devices()
+    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_seeds % k == 0)]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
@@ -405,14 +404,16 @@ def train(args: Args) -> Result:
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
     mesh, spec = jax.sharding.Mesh(devices, "seeds"), jax.P("seeds")
     state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.NamedSharding(mesh, spec))
-    # each device has some of the agents and never waits for the others
-    over_seeds = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def over_seeds(function):  # each device has some of the agents and never waits for the others
+        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
     step, video_dir = int(state.step.min()), run_dir / "videos" if args.capture_video else None
     eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
 
     policy, learn = partial(act, agent=agent), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = (jax.jit(over_seeds(jax.vmap(function))) for function in (policy, learn))
+        policy, learn = over_seeds(policy), over_seeds(learn)
     play = rollout_on_host if on_host else rollout
 
     def iterate(state):
@@ -420,7 +421,7 @@ def train(args: Args) -> Result:
         state, metrics = learn(state, batch)
         return state, (batch.reward, batch.done, batch.mask, metrics)
 
-    run = iterate if on_host else jax.jit(over_seeds(jax.vmap(iterate)))
+    run = iterate if on_host else over_seeds(iterate)
 
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
@@ -477,8 +478,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.msgpack").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

@@ -30,7 +30,6 @@ Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and
 Run: python vpg_advantage.py --env-id CartPole-v1. Diff: reinforce.py, ppo.py (what a baseline, what clipping adds).
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -227,7 +226,7 @@ def gae(
     for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind())):
         # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    [1, eq. 16, as a recursion]
         adv.append(delta_t + decay_t * adv[-1])
-    return torch.stack(adv[:0:-1])
+    return torch.stack(adv[1:][::-1])
 
 
 def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -423,8 +422,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.pt").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

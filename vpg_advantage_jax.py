@@ -35,7 +35,6 @@ Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and
 Run: python vpg_advantage_jax.py --env-id CartPole-v1. Diff: reinforce_jax.py, ppo_jax.py, vpg_advantage.py.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -140,7 +139,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if video_dir:
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
-        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda episode: episode == 0)
+        env = gym.wrappers.RecordVideo(env, video_dir)
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
@@ -174,7 +173,6 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args) -> Any:
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes 75 % of a GPU's memory
     with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
@@ -347,7 +345,7 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
         # where an episode ended, the next one begins
         fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
         choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        env_state, obs, episode = choose(done, (*fresh, 0 * episode), (env_state, next_obs, episode))
+        env_state, obs, episode = choose(done, (*fresh, jnp.zeros_like(episode)), (env_state, next_obs, episode))
         return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
 
     return jax.lax.scan(play, state, length=num_steps)
@@ -356,7 +354,8 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
 def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
     """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
-    rows, shape, obs, player = [], state.obs.shape, np.concatenate(state.obs), state._replace(opt_state=None)
+    player = state._replace(opt_state=None)  # passing arguments takes time
+    rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)
     for act_key in keys[1:]:
         action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
         new_obs, reward, terminated, truncated, info = env.step(to_env(env.single_action_space, action))
@@ -434,19 +433,19 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         learner, metrics = jax.lax.scan(descend, learner, rows)
         return learner, jax.tree.map(jnp.mean, metrics)
 
-    key, *keys = jax.random.split(state.key, args.update_epochs + 1)
-    (params, opt_state), metrics = jax.lax.scan(epoch, (state.params, state.opt_state), jnp.stack(keys))
+    keys = jax.random.split(state.key, args.update_epochs + 1)
+    (params, opt_state), metrics = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
     if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
-    return state._replace(params=params, opt_state=opt_state, key=key, step=state.step + args.batch_size), metrics
+    return state._replace(params=params, opt_state=opt_state, key=keys[0], step=state.step + args.batch_size), metrics
 
 
 # ==== Training ====
 def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
     """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
-    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # a number that no split counts up to
+    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # not the keys that split(key) gives
     keys = jax.vmap(partial(jax.random.split, num=num_envs))(key)
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
@@ -457,7 +456,7 @@ def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
 def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
     """An agent before its first step."""
     key, params_key = jax.random.split(key)
-    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.act(obs, key), agent.value(obs)))["params"]
+    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.actor(obs), agent.critic(obs)))["params"]
     stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs.shape[1], 1)]
     running_return, episode = jnp.zeros(len(obs)), jnp.zeros((len(obs), 2))
     return State(params, optimizer.init(params), *stats, running_return, key, jnp.int32(0), env_state, obs, episode)
@@ -466,9 +465,8 @@ def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
 def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
     """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
     policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
-    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key)  # not the keys that training goes on with
-    env_state, obs = start(key, env, args.eval_episodes)
-    state = state._replace(key=key, env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
+    env_state, obs = start(state.key, env, args.eval_episodes)
+    state = state._replace(env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
 
     if isinstance(env, gym.vector.VectorEnv):
         time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
@@ -503,7 +501,8 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()[: math.gcd(args.num_seeds, len(jax.devices()))]
+    devices = jax.devices()
+    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_seeds % k == 0)]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
@@ -522,14 +521,16 @@ def train(args: Args) -> Result:
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
     mesh, spec = jax.sharding.Mesh(devices, "seeds"), jax.P("seeds")
     state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.NamedSharding(mesh, spec))
-    # each device has some of the agents and never waits for the others
-    over_seeds = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def over_seeds(function):  # each device has some of the agents and never waits for the others
+        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
     eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
 
     policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = (jax.jit(over_seeds(jax.vmap(function))) for function in (policy, learn))
+        policy, learn = over_seeds(policy), over_seeds(learn)
         state = state._replace(obs=start(state.key, env, args.num_envs)[1])
     play = rollout_on_host if on_host else rollout
 
@@ -541,7 +542,7 @@ def train(args: Args) -> Result:
     remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
-    run = iterate if on_host else jax.jit(over_seeds(jax.vmap(partial(jax.lax.scan, iterate, length=length))))
+    run = iterate if on_host else over_seeds(partial(jax.lax.scan, iterate, length=length))
 
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
@@ -598,8 +599,5 @@ def saved_args(run_dir: Path) -> Args:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    run_dir = parser.parse_known_args()[0].resume
-    can_resume = run_dir and (run_dir / "checkpoint.msgpack").exists()
-    train(tyro.cli(Args, default=saved_args(run_dir) if can_resume else Args()))
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)
