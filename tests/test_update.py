@@ -162,26 +162,6 @@ def test_stored_actions_are_the_sampled_ones(script, env_id):
     close(received[within], expected[:last][within], 1e-6)
 
 
-@ALL
-def test_vectorised_returns_are_those_of_single_environments(script, monkeypatch):
-    """The same deterministic policy from the same seeds, four environments at once or one after the other by a plain
-    loop over gymnasium.make: the same returns and lengths, in the same order."""
-    run = Run(script, num_envs=4, **({} if script is reinforce else {"num_steps": 100}))
-    act = run.agent.act
-    monkeypatch.setattr(run.agent, "act", lambda obs: act(obs, greedy=True))
-    batch = run.rollout()
-    for n in range(4):
-        env, ends = gym.make("CartPole-v1"), np.flatnonzero(batch.done[:, n])
-        for i, end in enumerate(ends):
-            obs, _ = env.reset(seed=n if i == 0 else None)
-            total, length, over = 0, 0, False
-            while not over:
-                obs, reward, terminated, truncated, _ = env.step(act(torch.tensor(obs)[None], greedy=True).item())
-                total, length, over = total + reward, length + 1, terminated or truncated
-            assert batch.episode[end, n].tolist() == [total, length]
-        assert len(ends) == 1 if script is reinforce else len(ends) > 3
-
-
 # ==== Policy ====
 
 
@@ -372,18 +352,6 @@ def test_clipping_by_global_norm(script):
     close(logged, [norm, norm])
 
 
-@ALL
-def test_gradients_do_not_add_up(script):
-    """Where nothing moves, at learning rate 0, each step on the whole batch has the same gradient, over all epochs of
-    two updates."""
-    flags = {} if script is reinforce else {"num_minibatches": 1, "update_epochs": 3}
-    run = Run(script, learning_rate=0.0, max_grad_norm=1e9, **flags)
-    batch = run.rollout()
-    first, *others = [grad for _ in range(2) for grad in run.gradients(batch)[0]]
-    for grad in others:
-        close(grad / first.norm(), first / first.norm())
-
-
 @BOTH_SPACES
 @pytest.mark.parametrize("norm_obs", [False, True])
 def test_first_ratio_is_one(env_id, norm_obs, spy):
@@ -520,18 +488,6 @@ def test_loss_and_metrics_of_a_minibatch(script, env_id, on, spy):
     close(loss, total, 1e-4)
 
 
-@ACTOR_CRITIC
-def test_logged_metrics_are_means(script, spy):
-    """Over all minibatches of all epochs; the explained variance is that of the values before the update."""
-    losses, advantages = spy(script, "loss_fn"), spy(script, "gae")
-    run = Run(script, update_epochs=3)
-    metrics = run.update(run.rollout())
-    for name in ("policy_loss", "value_loss", "entropy"):
-        close(metrics[name], np.mean([result[1][name].item() for _, result in losses]))
-    (_, value, *_), adv = advantages[0]
-    close(metrics["explained_variance"], 1 - np.var(adv.numpy()) / np.var((adv + value).numpy()), 1e-4)
-
-
 @pytest.mark.parametrize("norm_return", [False, True])
 def test_reinforce_loss_and_metrics(norm_return, spy):
     """Returns to the episode's end, standardised over the steps that count, and -1/N times the sum of logp G + 0.07
@@ -644,18 +600,6 @@ def true_gradient():
         for state, action in zip(states, actions):
             gradient[state] += p * sum(rewards) * (np.eye(2)[action] - softmax(LOGITS)[state])
     return gradient
-
-
-def test_true_gradient_is_the_slope_of_the_return():
-    """The oracle itself: probabilities sum to 1, and a central difference of J agrees."""
-    total = np.array([sum(rewards) for _, _, rewards, _ in EPISODES])
-    assert probabilities(LOGITS).sum() == pytest.approx(1, abs=1e-12)
-    slope = np.zeros((2, 2))
-    for i in np.ndindex(2, 2):
-        h = np.zeros((2, 2))
-        h[i] = 1e-5
-        slope[i] = (probabilities(LOGITS + h) - probabilities(LOGITS - h)) @ total / 2e-5
-    close(slope, true_gradient(), 1e-9)
 
 
 def padded(rows):

@@ -1,4 +1,4 @@
-"""The ledger of toy_envs.py for the compiled program: tests.toy_envs_jax:Ledger, and Fixed with episodes of four steps."""
+"""The ledger of toy_envs.py for the compiled program: tests.toy_envs_jax:Ledger, and Fixed, four steps an episode."""
 
 import gymnasium as gym
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ class Ledger:
 
     def reset(self, key):
         episode = random.randint(key, (), 0, 7)
-        return (episode, jnp.int32(0)), jnp.array([RESET, episode, 0], jnp.float32)
+        return (episode, 0, 0.0), jnp.array([RESET, episode, 0], jnp.float32)  # 0, 0.0: of weak type, as in gymnax
 
     def step(self, key, state, action):
         episode, now = state[0], state[1] + 1
         over, kind = now == (self.fixed_length or 1 + 3 * episode % 7), 0 if self.fixed_length else episode % 3
         truncated = (over & (kind != 0)) | (now == self.max_steps)
-        return (episode, now), jnp.array([0, episode, now], jnp.float32), 100.0 * episode + now, over & (kind != 1), truncated
+        obs, reward = jnp.array([0, episode, now], jnp.float32), 100.0 * episode + now
+        return (episode, now, obs[2]), obs, reward, over & (kind != 1), truncated
 
 
 def make_jax_env(name):
