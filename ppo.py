@@ -322,7 +322,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             optimizer.step()
             history.append(metrics)
         kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
-        if args.target_kl is not None and kl > args.target_kl:
+        if args.target_kl and kl > args.target_kl:
             break
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))

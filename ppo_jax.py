@@ -365,7 +365,7 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
 def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
     """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
-    player = state._replace(opt_state=None)  # passing arguments takes time
+    player = state._replace(opt_state=None, obs=None)  # passing arguments takes time
     rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)
     for act_key in keys[1:]:
         action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
@@ -449,9 +449,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
     keys = jax.random.split(state.key, args.update_epochs + 1)
     _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
-    # all epochs are computed; what counts is the first one of a larger KL, or else the last
-    too_far = metrics["approx_kl"][:-1] > (math.inf if args.target_kl is None else args.target_kl)
-    last = jnp.append(too_far, True).argmax()
+    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the epoch to end with
     params, opt_state = jax.tree.map(lambda x: x[last], learners)
     if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
@@ -524,8 +522,7 @@ def train(args: Args) -> Result:
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
-    seeds = np.arange(args.seed, args.seed + args.num_seeds)
-    keys = jax.vmap(jax.random.PRNGKey)(seeds)
+    keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.seed, args.seed + args.num_seeds))
     # one by one: a batch of QR decompositions can deadlock a CPU
     state = jax.lax.map(lambda x: init_state(*x, agent), (keys, *start(keys, env, args.num_envs)))
     leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
@@ -561,7 +558,6 @@ def train(args: Args) -> Result:
     # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
     run = iterate if on_host else over_seeds(partial(jax.lax.scan, iterate, length=length))
-
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
         (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
@@ -600,7 +596,7 @@ def train(args: Args) -> Result:
     if args.eval_episodes:
         eval_returns = evaluate(state, agent, eval_env, args)
         writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
-        for seed, x in zip(seeds, eval_returns):
+        for seed, x in enumerate(eval_returns, args.seed):
             print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
     writer.close()
     print(run_dir)

@@ -331,7 +331,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     ret = discounted_returns(reward, done, args.gamma)
     if args.norm_return:
         ret = (ret - ret.mean(where=mask > 0)) / (ret.std(where=mask > 0) + 1e-8)
-    lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
+    lr = args.learning_rate * (jnp.maximum(0, 1 - state.step / args.total_timesteps) if args.anneal_lr else 1)
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, (obs, action, ret, mask), agent, args)
     norm = optax.tree.norm(grads)
     grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
@@ -388,8 +388,7 @@ def train(args: Args) -> Result:
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
-    seeds = np.arange(args.seed, args.seed + args.num_seeds)
-    keys = jax.vmap(jax.random.PRNGKey)(seeds)
+    keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.seed, args.seed + args.num_seeds))
     obs = jnp.zeros(env.single_observation_space.shape) if on_host else env.reset(keys[0])[1]
     # one by one: a batch of QR decompositions can deadlock a CPU
     state = jax.lax.map(partial(init_state, obs=obs, agent=agent), keys)
@@ -422,7 +421,6 @@ def train(args: Args) -> Result:
         return state, (batch.reward, batch.done, batch.mask, metrics)
 
     run = iterate if on_host else over_seeds(iterate)
-
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
         (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
@@ -461,7 +459,7 @@ def train(args: Args) -> Result:
     if args.eval_episodes:
         eval_returns = evaluate(state, agent, eval_env, args)
         writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
-        for seed, x in zip(seeds, eval_returns):
+        for seed, x in enumerate(eval_returns, args.seed):
             print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
     writer.close()
     print(run_dir)
