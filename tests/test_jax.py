@@ -140,7 +140,8 @@ def test_sampled_actions(script):
     np.testing.assert_allclose(act(state, obs[:1], key, agents[1], greedy=True), [logits], atol=1e-5)
 
 
-@pytest.mark.parametrize("env_id", [pytest.param("CartPole-v1", marks=pytest.mark.slow), "Pendulum-v1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_first_ratio_is_one(env_id):
     """The first minibatch of an update meets the policy that played the batch, out-of-bounds actions included."""
     module = importlib.import_module("ppo_jax")

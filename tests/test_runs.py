@@ -41,6 +41,9 @@ each_script = pytest.mark.parametrize(
 one_of_each = pytest.mark.parametrize(
     "script", [pytest.param(s, marks=[] if s.startswith("ppo") else [pytest.mark.slow]) for s in SCRIPTS]
 )
+ppo_first = pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[] if s == "ppo" else [pytest.mark.slow]) for s in SCRIPTS]
+)
 
 
 def algorithm(script: str) -> str:
@@ -108,7 +111,7 @@ def test_runs_on(script, env_id):
     assert result.eval_returns.shape == (2,) and np.isfinite(result.eval_returns).all()
 
 
-@one_of_each
+@ppo_first
 def test_counts_every_episode(script):
     """Four environments, episodes of 20 steps with reward 1 each: return 20 four times at steps 80, 160, ..."""
     result = run(script, env_id=toy("TupleObs"))
@@ -130,7 +133,7 @@ def test_time_limits(script):
 # ==== What a run leaves ====
 
 
-@one_of_each
+@ppo_first
 def test_command_line(script, tmp_path):
     """The script as a program does what `train` does with the same flags, and shows and leaves what it should."""
     words = ["--num-envs", 4, "--hidden-sizes", 16, "--eval-episodes", 2, "--save-every", 2]
@@ -172,7 +175,7 @@ def test_one_seed_one_result(script):
     assert len({result.run_dir for result in (first, again, other)}) == 3
 
 
-@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s == "ppo" else [pytest.mark.slow]) for s in SCRIPTS])
+@ppo_first
 def test_async_envs_change_nothing(script):
     """In a process of its own: one in which JAX runs threads had better not fork."""
     backend = ', env_backend="gymnasium"' if script.endswith("_jax") else ""
@@ -235,7 +238,7 @@ def test_resume(script):
     assert steps == sorted(set(steps)) and steps[-1] >= 640
 
 
-@one_of_each
+@ppo_first
 def test_resume_of_a_finished_run(script, tmp_path):
     """By the command line with the flags of the run: it is only evaluated, with other episodes where that is asked for.
     So is a run that --target-return stopped."""
@@ -301,7 +304,7 @@ def update_killed(*args):
     return update(*args)
 if not "{script}".endswith("_jax"):
     module.update = update_killed
-module.train(make_args("{script}"))
+module.train(make_args("{script}", total_timesteps=2176))  # 17 iterations, which JAX has to take one by one
 """
 
 
@@ -320,7 +323,7 @@ def test_kill(script, moment):
     (run_dir,) = Path("runs").iterdir()
     module = importlib.import_module(script)
     result = module.train(module.saved_args(run_dir))
-    assert result.run_dir == run_dir and result.episode_steps[-1] <= 640 + 200
+    assert result.run_dir == run_dir and 2176 - 500 <= result.episode_steps[-1] <= 2176 + 200
 
 
 class Malice:
@@ -330,10 +333,9 @@ class Malice:
 
 @one_of_each
 def test_a_checkpoint_runs_no_code(script):
-    result = run(script, eval_episodes=0)
-    (result.run_dir / checkpoint(script)).write_bytes(pickle.dumps(Malice()))
-    with pytest.raises(Exception):  # noqa: B017, the library's
-        run(script, resume=result.run_dir)
+    Path(checkpoint(script)).write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(Exception, match=r"weights_only|msgpack|unpack|extra|Unpack"):
+        run(script, resume=Path())
     assert not Path("malice").exists()
 
 
