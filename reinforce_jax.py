@@ -140,7 +140,7 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
     """S x N environments, of which the first is filmed."""
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
-    return make_vector(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return make_vector(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class GymnaxEnv:

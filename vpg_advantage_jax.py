@@ -147,7 +147,7 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
     """S x N environments, of which the first is filmed."""
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
-    return make_vector(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return make_vector(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 class GymnaxEnv:
@@ -375,10 +375,12 @@ optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and mu
 
 
 def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
-    """Loss of a minibatch or of a part of it, and what to log."""
+    """Loss of a minibatch, and what to log."""
     obs, action, adv, ret = minibatch
     agent = agent.bind({"params": params})
     logp, entropy = agent.log_prob(obs, action)
+    if args.norm_adv:
+        adv = (adv - adv.mean()) / (adv.std() + 1e-8)
     pg_loss = policy_loss(logp, adv)
     v_loss = value_loss(agent.value(obs), ret)
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
@@ -410,19 +412,10 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     data = tuple(x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret))
     lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
 
-    # on a CPU in parts of 2,048 rows: what the layers of more of them give does not fit into its cache
-    size = args.batch_size // args.num_minibatches
-    num_parts = 1 if args.cuda else math.gcd(size, max(1, size // 2048))
-
     def descend(learner, rows):
         params, opt_state = learner
-        obs, action, adv, *others = (x[rows] for x in data)
-        if args.norm_adv:
-            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-        parts = tuple(x.reshape(num_parts, -1, *x.shape[1:]) for x in (obs, action, adv, *others))
-        gradient = jax.grad(partial(loss_fn, agent=agent, args=args), has_aux=True)
-        outcome = jax.lax.map(partial(gradient, params), parts)
-        grads, metrics = jax.tree.map(lambda x: x.mean(0), outcome)
+        minibatch = tuple(x[rows] for x in data)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch, agent, args)
         norm = optax.tree.norm(grads)
         grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
         direction, opt_state = optimizer.update(grads, opt_state)

@@ -28,7 +28,6 @@ MUTANTS = [
     (RFJ, "self.args.temperature if self.discrete else 1.0", "1.0", "jax sampled_actions"),
     (RF, "episode = mask & (terminated | truncated)", "episode = terminated | truncated", "update reinforce_plays"),
     (RFJ, "(env_state, next_obs, mask & ~done)", "(env_state, next_obs, mask)", "jax reinforce_plays"),
-    (ACJ, "x: x.mean(0), outcome", "x: x.sum(0), outcome", "parity one_update_in_parts"),
     (RFJ, "obs, mask = new_obs, mask & ~done", "obs, mask = new_obs, mask", "parity rollout_on_host"),
     (AC + ACJ, "(1 - terminated) * next_value", "next_value", "math gae_time_limit"),
     (AC + ACJ, "(1 - terminated) * next_value", "(1 - done) * next_value", "math gae_time_limit"),

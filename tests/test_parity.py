@@ -1,7 +1,6 @@
 """PyTorch and JAX say the same: from equal weights and one batch, equal losses, gradients and updated parameters."""
 
 import importlib
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -164,14 +163,6 @@ def test_one_update(name, flags, kind):
     assert_close(to_flax(twins.agent), state.params)
     assert_close(twins.statistics(), {field: getattr(state, field) for field in twins.statistics()})
     assert state.step == 5 * T * N + (batch["mask"].sum() if name == "reinforce" else T * N)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAIRS[1:])
-def test_one_update_in_parts(name, monkeypatch):
-    """4,800 rows, which JAX takes in two parts on a CPU, PyTorch all at once."""
-    monkeypatch.setattr(sys.modules[__name__], "N", 300)
-    test_one_update(name, {"norm_adv": True, **SMALL}, "continuous")
 
 
 @pytest.mark.parametrize("end", [pytest.param(1, marks=pytest.mark.slow), 2])
