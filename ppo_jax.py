@@ -482,8 +482,9 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
         env.close()
     else:
-        play = partial(rollout, policy=policy, env=env, num_steps=env.max_steps)
-        _, batch = jax.device_get(jax.jit(jax.vmap(play))(state))
+        play = jax.vmap(partial(rollout, policy=policy, env=env, num_steps=env.max_steps))
+        # without observations, which may be large
+        batch = jax.device_get(jax.jit(lambda state: play(state)[1]._replace(obs=None, next_obs=None))(state))
     first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
     return (batch.reward * first_episode).sum(1)
 
