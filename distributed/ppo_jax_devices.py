@@ -1,0 +1,637 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "flax>=0.11,<0.13",
+#     "gymnasium>=1.1,<1.4",
+#     "gymnax>=1.0,<1.1",
+#     "jax>=0.8,<0.11",
+#     "numpy>=1.26,<3",
+#     "optax>=0.2.6,<0.3",
+#     "six>=1.16",
+#     "tensorboardX>=2.6,<3",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+# ]
+# ///
+"""Proximal policy optimisation (PPO) in JAX, an agent on several devices at once: ppo_jax.py by jax.shard_map.
+
+Every device (GPU, or core of a CPU) has a copy of the networks, plays its share of the environments and learns from
+what it saw there. The devices tell each other
+
+    in every minibatch    the mean of their gradients, and the advantages, which are standardised over all devices
+    in every iteration    means for the running statistics, and the episodes that ended, for the log
+
+so that all take the same steps from the same weights, and the copies stay equal. A minibatch is as large as in
+ppo_jax.py with as many --num-envs: the union of the devices' minibatches.
+
+Several processes, one on each machine, are one such program where the environment variables JAX_COORDINATOR_ADDRESS
+(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Process 0 logs, saves and evaluates. Where one dies the others fail, too, and exit some minutes
+later: JAX has them wait for each other.
+Environments have to be written in JAX; branches for others stand as in ppo_jax.py, for a short diff.
+
+[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+
+Functions are of one agent, of which vmap makes S = num_seeds, and take and return its State.
+Shapes: T = num_steps, N = num_envs, within `shard_map` those of one device; D and A are the sizes of an observation and
+a Box action.
+
+Run: python distributed/ppo_jax_devices.py --env-id CartPole-v1. To --resume, every process needs the run folder; the
+number of devices may change. Diff: ppo_jax.py (what data parallelism takes).
+"""
+
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from flax import serialization
+from jax import Array
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train an agent; log, flags and checkpoint go to a new folder under runs/."""
+
+    exp_name: str = Path(__file__).stem  # for the name of the run folder
+    env_id: str = "CartPole-v1"  # any Gymnasium or gymnax id; module:Id imports the module first
+    env_backend: Literal["jax"] = "jax"  # in the compiled program: others would need a loop for each process
+    seed: int = 1  # fixes every random number
+    num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
+    total_timesteps: int = 200_000  # environment steps in all
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    async_envs: bool = False  # a process for each environment
+    capture_video: bool = False  # record the evaluation to <run folder>/videos
+    save_every: int = 50  # iterations between checkpoints; 0: only at the end
+    resume: Path | None = None  # run folder to continue, or if finished evaluate
+    eval_episodes: int = 10  # episodes of the final evaluation
+    eval_sample: bool = False  # with sampled, not the most likely actions
+    return_window: int = 100  # episodes in the mean return
+    target_return: float | None = None  # stop when the mean of a full window reaches this
+    learning_rate: float = 2e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = 8  # parallel environments, of all devices together
+    num_steps: int = 128  # steps of each environment in a batch (T)
+    max_episode_steps: int | None = None  # time limit, in place of the environment's own
+    gamma: float = 0.98  # discount factor
+    gae_lambda: float = 0.9  # from 0, the TD error, to 1, return - value
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 6  # passes over each batch
+    norm_adv: bool = True  # standardise the advantages of each minibatch
+    norm_obs: bool = False  # standardise observations
+    norm_reward: bool = False  # divide rewards by the deviation of discounted returns
+    clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
+    clip_vloss: bool = False  # clip the change of the value, too
+    target_kl: float | None = None  # end the update after an epoch of a larger KL
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # of the gradient; longer ones are scaled down
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    def __post_init__(self):
+        """Raise ValueError for what cannot work; tyro shows it without a traceback."""
+        for name, value in asdict(self).items():
+            counts = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
+            low, high = int(counts), 1 if name in ("gamma", "gae_lambda") else math.inf
+            if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(f"--num-minibatches {self.num_minibatches}: must divide the batch of {self.batch_size}")
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(f"--total-timesteps {self.total_timesteps}: less than one batch of {self.batch_size}")
+        if self.resume and not Path(self.resume, "checkpoint.msgpack").exists():
+            raise ValueError(f"--resume {self.resume}: no checkpoint.msgpack in this folder")
+        module, _, name = self.env_id.rpartition(":")
+        try:
+            importlib.import_module(module or "gymnasium")  # may register environments
+            if self.env_backend == "jax" or name not in gym.registry:
+                make_jax_env(self) or gym.spec(name)
+        except (ImportError, ValueError, gym.error.Error) as error:
+            raise ValueError(f"--env-id {self.env_id}: {error}") from error
+
+
+# ==== Environment ====
+def to_env(space: gym.Space, action: Array) -> Array:
+    """Actions for the environment: Discrete ones count from 0, Box ones are scaled from [-1, 1] and clipped."""
+    if isinstance(space, gym.spaces.Discrete):
+        return action + int(space.start)
+    both = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(both, space.low, -1), np.where(both, space.high, 1)
+    return ((high + low) / 2 + (high - low) / 2 * action).clip(space.low, space.high)
+
+
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """An environment of Gymnasium; observations are flat, [D]."""
+    env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
+    if video_dir:
+        env.reset()
+        env.render()  # if it cannot be filmed, fail before training
+        env = gym.wrappers.RecordVideo(env, video_dir)
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+
+
+def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+    """S x N environments, of which the first is filmed."""
+    make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
+    env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
+    return make_vector(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+class GymnaxEnv:
+    """An environment of gymnax. Any class with these members will do: pure functions of a single environment, without a
+    reset at the end of an episode. `reset` is computed at every step, so it should be cheap."""
+
+    def __init__(self, name: str):
+        import gymnax
+
+        self.env, self.params = gymnax.make(name)
+        space = self.env.action_space(self.params)
+        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(space)
+        self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
+
+    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
+        obs, state = self.env.reset_env(key, self.params)
+        return state, obs.ravel()
+
+    def step(self, key: Array, state: Any, action: Array) -> tuple:  # state, obs [D], reward, terminated, truncated
+        obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
+        return state, obs.ravel(), reward, terminated, state.time >= self.max_steps
+
+
+def make_jax_env(args: Args) -> Any:
+    """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
+    with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+        jax.config.update("jax_platforms", None if args.cuda else "cpu")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+        jax.distributed.initialize(None, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
+    if args.env_backend == "gymnasium":
+        return None
+    import gymnax
+
+    module, _, name = args.env_id.rpartition(":")
+    make = getattr(importlib.import_module(module or "gymnax"), "make_jax_env", GymnaxEnv)
+    if make is GymnaxEnv and name not in gymnax.registered_envs and args.env_backend == "auto":
+        return None
+    env = make(name)
+    env.max_steps = args.max_episode_steps or env.max_steps
+    return env
+
+
+# ==== Networks ====
+def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+    """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
+    layers = []
+    for size in sizes[:-1]:
+        layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
+        layers += [nn.tanh if activation == "tanh" else nn.relu]
+    return nn.Sequential([*layers, nn.Dense(sizes[-1], kernel_init=nn.initializers.orthogonal(gain))])
+
+
+class RunningMeanStd(NamedTuple):
+    """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+    def normalize(self, x: Array) -> Array:
+        return ((x - self.mean) / jnp.sqrt(self.var + 1e-8)).clip(-10, 10)
+
+    def update(self, x: Array) -> "RunningMeanStd":
+        mean, rows = jax.lax.pmean(x.mean(0), "devices"), jax.lax.psum(len(x), "devices")
+        delta, w = mean - self.mean, rows / (self.count + rows)  # w: the share of the new rows
+        var = (1 - w) * self.var + w * jax.lax.pmean(((x - mean) ** 2).mean(0), "devices") + w * (1 - w) * delta**2
+        return RunningMeanStd(self.mean + w * delta, var, self.count + rows)
+
+
+class Agent(nn.Module):
+    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
+
+    space: gym.Space
+    args: Args
+
+    def setup(self):
+        self.discrete = isinstance(self.space, gym.spaces.Discrete)
+        if not self.discrete and not (isinstance(self.space, gym.spaces.Box) and len(self.space.shape) == 1):
+            raise ValueError(f"--env-id {self.args.env_id}: actions {self.space}, not Discrete or a Box of one axis")
+        action_size = int(self.space.n) if self.discrete else self.space.shape[0]
+        self.actor = mlp((*self.args.hidden_sizes, action_size), self.args.activation, gain=0.01)
+        self.critic = mlp((*self.args.hidden_sizes, 1), self.args.activation, gain=1.0)
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (action_size,))
+
+    def value(self, obs: Array) -> Array:
+        """V(s): [..., D] -> [...]."""
+        return self.critic(obs).squeeze(-1)
+
+    def act(self, obs: Array, key: Array, greedy: bool = False) -> Array:
+        """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+        out = self.actor(obs)
+        if self.discrete:
+            return out.argmax(-1) if greedy else jax.random.categorical(key, out)
+        return out if greedy else out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
+
+    def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
+        """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
+        out = self.actor(obs)
+        if self.discrete:
+            logp = jax.nn.log_softmax(out)
+            taken = jnp.take_along_axis(logp, action[..., None].astype(int), -1)
+            return taken.squeeze(-1), -(jnp.exp(logp) * logp).sum(-1)
+        z = (action - out) / jnp.exp(self.log_std)
+        logp = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return logp, jnp.broadcast_to((self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(), logp.shape)
+
+
+# ==== Data ====
+class Batch(NamedTuple):
+    """What one rollout saw."""
+
+    obs: Array  # [T, N, D]
+    action: Array  # [T, N] or [T, N, A], as sampled: the environment clips it
+    reward: Array  # [T, N]
+    next_obs: Array  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
+    terminated: Array  # [T, N] the task itself ended
+    done: Array  # [T, N] terminated, or truncated by a time limit
+    episode: Array  # [T, N, 2] undiscounted return and length of the episode that ended here, if one did
+
+
+class State(NamedTuple):
+    """All that training changes, of one agent; outside of vmap every array has an axis S in front."""
+
+    params: dict
+    opt_state: optax.OptState
+    obs_stats: RunningMeanStd
+    return_stats: RunningMeanStd
+    running_return: Array  # [N] the carry of `running_returns`
+    key: Array
+    step: Array  # environment steps so far
+    env_state: Any  # of the N environments, if they are written in JAX
+    obs: Array  # [N, D] current observations
+    episode: Array  # [N, 2] undiscounted return and length of the episodes so far
+
+
+# ==== Math ====
+def gae(
+    reward: Array, value: Array, next_value: Array, terminated: Array, done: Array, gamma: float, gae_lambda: float
+) -> Array:
+    """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
+    # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
+    delta = reward + gamma * (1 - terminated) * next_value - value
+
+    def step_back(adv, now):
+        delta_t, done_t = now
+        # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    [1, eq. 16, as a recursion]
+        adv = delta_t + gamma * gae_lambda * (1 - done_t) * adv
+        return adv, adv
+
+    return jax.lax.scan(step_back, jnp.zeros_like(delta[0]), (delta, done), reverse=True, unroll=8)[1]
+
+
+def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
+    """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
+
+    def step_on(carry, now):
+        reward_t, done_t = now
+        # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
+        ret = reward_t + gamma * carry
+        return (1 - done_t) * ret, ret
+
+    carry, ret = jax.lax.scan(step_on, carry, (reward, done), unroll=8)
+    return ret, carry
+
+
+def policy_loss(logp: Array, logp_old: Array, adv: Array, clip_coef: float) -> Array:
+    """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
+    ratio = jnp.exp(logp - logp_old)
+    # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
+    return -jnp.minimum(ratio * adv, ratio.clip(1 - clip_coef, 1 + clip_coef) * adv).mean()
+
+
+def value_loss(value: Array, value_old: Array, ret: Array, clip_coef: float | None) -> Array:
+    """Half the mean squared error: [...] -> scalar."""
+    # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
+    error = (value - ret) ** 2
+    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
+        clipped = value_old + (value - value_old).clip(-clip_coef, clip_coef)
+        error = jnp.maximum(error, (clipped - ret) ** 2)
+    return 0.5 * error.mean()
+
+
+def approx_kl(logp: Array, logp_old: Array) -> Array:
+    """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
+    # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
+    return (jnp.expm1(logp - logp_old) - (logp - logp_old)).mean()
+
+
+# ==== Rollout ====
+def act(state: State, obs: Array, key: Array, agent: Agent, args: Args, greedy: bool = False) -> Array:
+    """Actions of the agent in `state`: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+    obs = state.obs_stats.normalize(obs) if args.norm_obs else obs
+    return agent.bind({"params": state.params}).act(obs, key, greedy)
+
+
+def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[State, Batch]:
+    """Play T steps in every environment. Only actions are computed here, all else that the update needs afterwards in
+    one pass over the batch."""
+
+    def play(state, _):
+        key, act_key, step_key, reset_key = jax.random.split(state.key, 4)
+        action = policy(state, state.obs, act_key)
+        step_keys, env_action = jax.random.split(step_key, len(action)), to_env(env.action_space, action)
+        env_state, next_obs, reward, terminated, truncated = jax.vmap(env.step)(step_keys, state.env_state, env_action)
+        done, episode = terminated | truncated, state.episode + jnp.stack([reward, jnp.ones_like(reward)], -1)
+        row = Batch(state.obs, action, reward, next_obs, terminated, done, episode)
+        # where an episode ended, the next one begins
+        fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
+        choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
+        env_state, obs, episode = choose(done, (*fresh, jnp.zeros_like(episode)), (env_state, next_obs, episode))
+        return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
+
+    return jax.lax.scan(play, state, length=num_steps)
+
+
+def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
+    """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
+    keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
+    player = state._replace(opt_state=None, obs=None)  # passing arguments takes time
+    rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)
+    for act_key in keys[1:]:
+        action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
+        new_obs, reward, terminated, truncated, info = env.step(to_env(env.single_action_space, action))
+        next_obs, episode = new_obs.copy(), np.zeros((len(obs), 2))
+        if "final_obs" in info:  # where an episode ended, `new_obs` is already the first observation of the next one
+            next_obs[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
+            episode = np.stack([info["final_info"]["episode"][key] for key in ("r", "l")], -1)
+        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated, episode))
+        obs = new_obs.astype(np.float32)
+    columns = (np.stack(column).astype(np.float32) for column in zip(*rows))
+    batch = Batch(*(x.reshape(num_steps, *shape[:2], *x.shape[2:]).swapaxes(0, 1) for x in columns))
+    return state._replace(obs=obs.reshape(shape), key=keys[0]), batch
+
+
+# ==== Update ====
+optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
+
+
+def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
+    """Loss of a minibatch, and what to log."""
+    obs, action, adv, ret, logp_old, value_old = minibatch
+    agent = agent.bind({"params": params})
+    logp, entropy = agent.log_prob(obs, action)
+    if args.norm_adv:
+        whole = jax.lax.all_gather(adv, "devices")  # as with one device
+        adv = (adv - whole.mean()) / (whole.std() + 1e-8)
+    pg_loss = policy_loss(logp, logp_old, adv, args.clip_coef)
+    v_loss = value_loss(agent.value(obs), value_old, ret, args.clip_coef if args.clip_vloss else None)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
+    metrics["approx_kl"] = approx_kl(logp, logp_old)
+    metrics["clipfrac"] = (jnp.abs(jnp.expm1(logp - logp_old)) > args.clip_coef).mean()
+    return loss, metrics
+
+
+def shuffle(key: Array, size: int) -> Array:
+    """A permutation of range(size): sorts words of random high bits, the index in the low ones. jax.random.permutation
+    sorts pairs, which takes a CPU many times as long."""
+    bits = (size - 1).bit_length()
+    words = jax.random.bits(key, (size,)) >> bits << bits | jnp.arange(size, dtype=jnp.uint32)
+    return jnp.sort(words) & (2**bits - 1)
+
+
+def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
+    """Epochs of minibatch gradient descent on a batch. Returns also means of what to log."""
+    obs, action, reward, next_obs, terminated, done, _ = batch
+    if args.norm_obs:
+        obs, next_obs = state.obs_stats.normalize(obs), state.obs_stats.normalize(next_obs)
+    if args.norm_reward:
+        running, carry = running_returns(reward, done, state.running_return, args.gamma)
+        state = state._replace(running_return=carry, return_stats=state.return_stats.update(running.reshape(-1, 1)))
+        reward = (reward / jnp.sqrt(state.return_stats.var + 1e-8)).clip(-10, 10)
+    old = agent.bind({"params": state.params})
+    value, next_value = old.value(obs), old.value(next_obs)
+    logp, _ = old.log_prob(obs, action)
+    adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
+    ret = adv + value  # V_t^targ, the lambda-return
+    data = tuple(x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value))
+    lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
+
+    def descend(learner, rows):
+        params, opt_state = learner
+        minibatch = tuple(x[rows] for x in data)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch, agent, args)
+        grads, metrics = jax.lax.pmean((grads, metrics), "devices")
+        norm = optax.tree.norm(grads)
+        grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
+        direction, opt_state = optimizer.update(grads, opt_state)
+        return (optax.tree.add_scale(params, -lr, direction), opt_state), metrics | {"grad_norm": norm}
+
+    def epoch(learner, key):
+        rows = shuffle(key, len(data[0])).reshape(args.num_minibatches, -1)
+        learner, metrics = jax.lax.scan(descend, learner, rows)
+        return learner, (learner, jax.tree.map(jnp.mean, metrics))
+
+    keys = jax.random.split(state.key, args.update_epochs + 1)
+    _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
+    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the epoch to end with
+    params, opt_state = jax.tree.map(lambda x: x[last], learners)
+    if args.norm_obs:  # not before: the policy that played has to learn
+        state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
+    metrics = jax.tree.map(lambda x: x.mean(where=jnp.arange(len(x)) <= last), metrics)
+    ret, value = jax.lax.all_gather((ret, value), "devices")
+    metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
+    return state._replace(params=params, opt_state=opt_state, key=keys[0], step=state.step + args.batch_size), metrics
+
+
+# ==== Training ====
+def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
+    """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
+    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # not the keys that split(key) gives
+    keys = jax.vmap(partial(jax.random.split, num=num_envs))(key)
+    if isinstance(env, gym.vector.VectorEnv):
+        obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
+        return None, obs.reshape(*keys.shape[:2], -1).astype(np.float32)
+    return jax.jit(jax.vmap(jax.vmap(env.reset)))(keys)
+
+
+def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
+    """An agent before its first step."""
+    key, params_key = jax.random.split(key)
+    params = agent.init(params_key, obs, method=lambda agent, obs: (agent.actor(obs), agent.critic(obs)))["params"]
+    stats = [RunningMeanStd(jnp.zeros(n), jnp.ones(n), jnp.zeros(())) for n in (obs.shape[1], 1)]
+    running_return, episode = jnp.zeros(len(obs)), jnp.zeros((len(obs), 2))
+    return State(params, optimizer.init(params), *stats, running_return, key, jnp.int32(0), env_state, obs, episode)
+
+
+def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
+    """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
+    policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
+    env_state, obs = start(state.key, env, args.eval_episodes)
+    state = state._replace(env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
+
+    if isinstance(env, gym.vector.VectorEnv):
+        time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
+        _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
+        env.close()
+    else:
+        play = jax.vmap(partial(rollout, policy=policy, env=env, num_steps=env.max_steps))
+        # without observations, which may be large
+        batch = jax.device_get(jax.jit(lambda state: play(state)[1]._replace(obs=None, next_obs=None))(state))
+    first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
+    return (batch.reward * first_episode).sum(1)
+
+
+class Result(NamedTuple):
+    """What `train` returns. With --num-seeds above 1, arrays have an axis S in front, or are lists of S."""
+
+    agent: dict  # the parameters
+    episode_returns: np.ndarray  # [episodes] undiscounted, in the order in which they finished
+    episode_steps: np.ndarray  # [episodes] the environment step at which each did
+    eval_returns: np.ndarray  # [eval_episodes]
+    run_dir: Path
+    state: State  # all that training changed, always with an axis S
+
+
+def finished(step: int, returns: list[np.ndarray], args: Args) -> bool:
+    """Whether all steps are done, or each agent's full window of returns averages --target-return or more."""
+    full = args.target_return is not None and all(len(x) >= args.return_window for x in returns)
+    solved = full and min(x[-args.return_window :].mean() for x in returns) >= args.target_return
+    return step + args.batch_size > args.total_timesteps or solved
+
+
+def train(args: Args) -> Result:
+    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
+    env = make_jax_env(args) or make_envs(args, args.num_envs)
+    on_host = isinstance(env, gym.vector.VectorEnv)
+    devices = jax.devices()
+    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_envs % k == 0)]
+    if jax.process_count() > 1 and len(devices) < jax.device_count():
+        raise ValueError(f"--num-envs {args.num_envs}: must be a multiple of the {jax.device_count()} devices")
+    if args.cuda and devices[0].platform == "cpu":
+        print("warning: --cuda: no GPU found, training on the CPU")
+    agent = Agent(env.single_action_space if on_host else env.action_space, args)
+    keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.seed, args.seed + args.num_seeds))
+    # one by one: a batch of QR decompositions can deadlock a CPU
+    state = jax.lax.map(lambda x: init_state(*x, agent), (keys, *start(keys, env, args.num_envs)))
+    leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
+    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds  # of each agent's episodes
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
+    name = broadcast_one_to_all(np.frombuffer(name.encode(), np.uint8))  # process 0's: clocks differ
+    run_dir = Path(args.resume or f"runs/{name.tobytes().decode()}")
+    if args.resume:
+        saved = serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
+        if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
+            raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
+        leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
+    mesh, split = jax.sharding.Mesh(devices, "devices"), jax.P(None, "devices")  # axes S, N
+    spec = State(*[jax.P()] * 7, env_state=split, obs=split, episode=split)._replace(running_return=split)
+    state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.tree.map(partial(jax.NamedSharding, mesh), spec))
+
+    def over_seeds(function):  # each device has some of the environments of each agent
+        specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}
+        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, **specs, check_vma=False))
+
+    step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
+
+    policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
+    if on_host:
+        policy, learn = over_seeds(policy), over_seeds(learn)
+        state = state._replace(obs=start(state.key, env, args.num_envs)[1])
+    play = rollout_on_host if on_host else rollout
+
+    def iterate(state, _=None):
+        key, play_key = jax.random.split(state.key)
+        state = state._replace(key=jax.random.fold_in(play_key, jax.lax.axis_index("devices")))  # each plays its own
+        state, batch = play(state, policy, env, args.num_steps)
+        state, metrics = learn(state._replace(key=key), batch)  # and learns the same
+        return state, (*jax.lax.all_gather((batch.done, batch.episode), "devices", axis=1, tiled=True), metrics)
+
+    remaining = (args.total_timesteps - step) // args.batch_size
+    # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
+    length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
+    run = iterate if on_host else over_seeds(partial(jax.lax.scan, iterate, length=length))
+    main = jax.process_index() == 0
+    writer = SummaryWriter(str(run_dir), purge_step=step + 1, write_to_disk=main)
+    if main and not finished(step, returns, args):
+        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
+    iteration, first_step, start_time = 0, step, time.perf_counter()
+    while not finished(step, returns, args):
+        lr = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
+        state, outcome = run(state)
+        done, episode, metrics = jax.device_get(outcome)
+        iteration += length
+        if not all(np.isfinite(x).all() for x in metrics.values()):
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+
+        for i in range(args.num_seeds):
+            ended = np.flatnonzero(done[i])
+            returns[i] = np.concatenate([returns[i], episode[i].reshape(-1, 2)[ended, 0]])
+            steps[i] = np.concatenate([steps[i], step + (ended // args.num_envs + 1) * args.num_envs])
+        step += length * args.batch_size
+        scalars = {f"losses/{name}": x.mean() for name, x in metrics.items()} | {"charts/learning_rate": lr}
+        scalars["charts/SPS"] = args.num_seeds * (step - first_step) / (time.perf_counter() - start_time)
+        if done.any():
+            scalars["charts/episodic_return"] = np.mean([x[-args.return_window :].mean() for x in returns if len(x)])
+            scalars["charts/episodic_length"] = episode[done > 0, 1].mean()
+            bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        bar.update(length * args.batch_size)
+        if finished(step, returns, args) or (args.save_every and iteration % args.save_every < length):
+            leaves = process_allgather(jax.tree.leaves(state), tiled=True)
+            if not main:
+                continue
+            saved = {"leaves": leaves, "returns": returns, "steps": steps}
+            (run_dir / "checkpoint.tmp").write_bytes(serialization.msgpack_serialize(saved))
+            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.msgpack")  # whole or not at all
+    bar.close()
+    if on_host:
+        env.close()
+    eval_returns = np.zeros((args.num_seeds, 0))
+    state = process_allgather(state, tiled=True)  # for process 0 alone to evaluate
+    if args.eval_episodes and main:
+        eval_returns = evaluate(state, agent, eval_env, args)
+        writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
+        for seed, x in enumerate(eval_returns, args.seed):
+            print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
+    writer.close()
+    print(run_dir)
+    if args.num_seeds > 1:
+        return Result(state.params, returns, steps, eval_returns, run_dir, state)
+    params = jax.tree.map(lambda x: x[0], state.params)
+    return Result(params, returns[0], steps[0], eval_returns[0], run_dir, state)
+
+
+def saved_args(run_dir: Path) -> Args:
+    """The flags that resume a run: train(saved_args(run_dir))."""
+    flags = json.loads(Path(run_dir, "args.json").read_text())
+    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)

@@ -1,0 +1,485 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium>=1.1,<1.4",
+#     "numpy>=1.26,<3",
+#     "tensorboard>=2.18,<3",
+#     "torch>=2.9,<2.14",
+#     "tqdm>=4.66,<5",
+#     "tyro>=0.9,<2",
+# ]
+# ///
+"""Proximal policy optimisation (PPO) in PyTorch by several processes at once: ppo.py plus torch.distributed.
+
+Every rank (process) has a copy of the networks, plays its share of the environments and learns from what it saw there.
+The ranks tell each other
+
+    in every minibatch    the mean of their gradients, and the advantages, which are standardised over all ranks
+    in every iteration    rows for the running statistics, and the episodes that ended, for the log and --target-return
+
+so that all take the same steps from the same weights (of the same --seed), and the copies stay equal. A minibatch is
+as large as in ppo.py with as many --num-envs: the union of the ranks' minibatches. Rank 0 logs, saves and evaluates.
+With one rank this is ppo.py to the last bit.
+
+A program that calls `train` ends with torch.distributed.destroy_process_group().
+
+[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+
+Shapes: T = num_steps, N = num_envs of one rank (of all ranks in the flags); D and A are the sizes of an observation and
+a Box action.
+
+Run: torchrun --nproc-per-node 2 distributed/ppo_torchrun.py --env-id CartPole-v1. On two machines, on each of them:
+torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29400 distributed/ppo_torchrun.py
+To --resume, every machine needs the run folder. Diff: ppo.py (what data parallelism takes).
+"""
+
+import importlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train an agent; log, flags and checkpoint go to a new folder under runs/."""
+
+    exp_name: str = Path(__file__).stem  # for the name of the run folder
+    env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
+    seed: int = 1  # fixes every random number
+    total_timesteps: int = 200_000  # environment steps in all
+    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    compile: bool = False  # compile the loss: slow to start, then faster
+    async_envs: bool = False  # a process for each environment
+    capture_video: bool = False  # record the evaluation to <run folder>/videos
+    save_every: int = 50  # iterations between checkpoints; 0: only at the end
+    resume: Path | None = None  # run folder to continue, or if finished evaluate
+    eval_episodes: int = 10  # episodes of the final evaluation
+    eval_sample: bool = False  # with sampled, not the most likely actions
+    return_window: int = 100  # episodes in the mean return
+    target_return: float | None = None  # stop when the mean of a full window reaches this
+    learning_rate: float = 2e-3  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    num_envs: int = 8  # parallel environments, of all ranks together
+    num_steps: int = 128  # steps of each environment in a batch (T)
+    max_episode_steps: int | None = None  # time limit, in place of the environment's own
+    gamma: float = 0.98  # discount factor
+    gae_lambda: float = 0.9  # from 0, the TD error, to 1, return - value
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 6  # passes over each batch
+    norm_adv: bool = True  # standardise the advantages of each minibatch
+    norm_obs: bool = False  # standardise observations
+    norm_reward: bool = False  # divide rewards by the deviation of discounted returns
+    clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
+    clip_vloss: bool = False  # clip the change of the value, too
+    target_kl: float | None = None  # end the update after an epoch of a larger KL
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # of the gradient; longer ones are scaled down
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    def __post_init__(self):
+        """Raise ValueError for what cannot work; tyro shows it without a traceback."""
+        for name, value in asdict(self).items():
+            counts = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
+            low, high = int(counts), 1 if name in ("gamma", "gae_lambda") else math.inf
+            if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(f"--num-minibatches {self.num_minibatches}: must divide the batch of {self.batch_size}")
+        if self.total_timesteps < self.batch_size:
+            raise ValueError(f"--total-timesteps {self.total_timesteps}: less than one batch of {self.batch_size}")
+        if self.resume and not Path(self.resume, "checkpoint.pt").exists():
+            raise ValueError(f"--resume {self.resume}: no checkpoint.pt in this folder")
+        module, _, name = self.env_id.rpartition(":")
+        try:
+            importlib.import_module(module or "gymnasium")  # may register environments
+            gym.spec(name)
+        except (ImportError, gym.error.Error) as error:
+            raise ValueError(f"--env-id {self.env_id}: {error}") from error
+
+
+# ==== Environment ====
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
+    env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
+    if video_dir:
+        env.reset()
+        env.render()  # if it cannot be filmed, fail before training
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
+    space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return gym.wrappers.TransformAction(env, lambda action: action + space.start, space)
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"--env-id {args.env_id}: actions {space}, not Discrete or a Box of one axis")
+    both = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(both, -1, space.low), np.where(both, 1, space.high)
+    return gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, low, high))
+
+
+# ==== Networks ====
+def gather(x: Tensor, dim: int = 0) -> Tensor:
+    """What all ranks have in place of x, one after the other along `dim`."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim)
+
+
+def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+    """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh() if activation == "tanh" else nn.ReLU()]
+        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
+        nn.init.zeros_(layers[-2].bias)
+    nn.init.orthogonal_(layers[-2].weight, gain)
+    return nn.Sequential(*layers[:-1])
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+    def update(self, x: Tensor) -> None:
+        x = gather(x)
+        delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
+        self.mean += w * delta
+        self.var.copy_((1 - w) * self.var + w * x.var(0, correction=0) + w * (1 - w) * delta**2)
+        self.count += len(x)
+
+
+class Agent(nn.Module):
+    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        super().__init__()
+        space, obs_size = envs.single_action_space, envs.single_observation_space.shape[0]
+        self.discrete = isinstance(space, gym.spaces.Discrete)
+        action_size = int(space.n) if self.discrete else space.shape[0]
+        self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)
+        self.critic = mlp((obs_size, *args.hidden_sizes, 1), args.activation, gain=1.0)
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
+        self.norm_obs = args.norm_obs
+        self.obs_stats = RunningMeanStd(obs_size)
+        self.return_stats = RunningMeanStd(1)
+        self.running_return = 0.0  # the carry of `running_returns`
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        return self.obs_stats.normalize(obs) if self.norm_obs else obs
+
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s): [..., D] -> [...]."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+        """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+        out = self.actor(self.normalize(obs))
+        if self.discrete:  # Gumbel-max: logits plus Gumbel noise, -log(exponential), are largest at a softmax sample
+            return (out if greedy else out - torch.empty_like(out).exponential_().log()).argmax(-1)
+        return out if greedy else out + self.log_std.exp() * torch.randn_like(out)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
+        out = self.actor(self.normalize(obs))
+        if self.discrete:
+            logp = out.log_softmax(-1)
+            return logp.gather(-1, action[..., None].long()).squeeze(-1), -(logp.exp() * logp).sum(-1)
+        z = (action - out) / self.log_std.exp()
+        logp = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return logp, (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(logp.shape)
+
+
+# ==== Data ====
+class Batch(NamedTuple):
+    """What one rollout saw."""
+
+    obs: np.ndarray  # [T, N, D]
+    action: np.ndarray  # [T, N] or [T, N, A], as sampled: the environment clips it
+    reward: np.ndarray  # [T, N]
+    next_obs: np.ndarray  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
+    terminated: np.ndarray  # [T, N] the task itself ended
+    done: np.ndarray  # [T, N] terminated, or truncated by a time limit
+    episode: np.ndarray  # [T, N, 2] undiscounted return and length of the episode that ended here, if one did
+
+
+# ==== Math ====
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
+    # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
+    delta = reward + gamma * (1 - terminated) * next_value - value
+    decay = gamma * gae_lambda * (1 - done)
+    adv = [torch.zeros_like(delta[0])]  # a list: indexing a tensor takes as long as the arithmetic
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind())):
+        # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}    [1, eq. 16, as a recursion]
+        adv.append(delta_t + decay_t * adv[-1])
+    return torch.stack(adv[1:][::-1])
+
+
+def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
+    ret = []
+    for reward_t, done_t in zip(reward.unbind(), done.unbind()):
+        # C_t = R_t + gamma (1 - done_{t-1}) C_{t-1}: the last reward of an episode counts in it, not in the next one
+        ret.append(reward_t + gamma * carry)
+        carry = (1 - done_t) * ret[-1]
+    return torch.stack(ret), carry
+
+
+def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
+    """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
+    ratio = (logp - logp_old).exp()
+    # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
+
+
+def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
+    """Half the mean squared error: [...] -> scalar."""
+    # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
+    error = (value - ret) ** 2
+    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
+        clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped - ret) ** 2)
+    return 0.5 * error.mean()
+
+
+def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
+    """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
+    # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
+    return ((logp - logp_old).expm1() - (logp - logp_old)).mean()
+
+
+# ==== Rollout ====
+@torch.inference_mode()
+def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Args) -> tuple[Batch, np.ndarray]:
+    """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
+    computed here, all else that the update needs afterwards in one pass over the batch."""
+    device, rows = next(agent.parameters()).device, []
+    for _ in range(args.num_steps):
+        action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device)).cpu().numpy()
+        new_obs, reward, terminated, truncated, info = envs.step(action)
+        next_obs, episode = new_obs.copy(), np.zeros((args.num_envs, 2))
+        if "final_obs" in info:  # where an episode ended, `new_obs` is already the first observation of the next one
+            next_obs[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])
+            episode = np.stack([info["final_info"]["episode"][key] for key in ("r", "l")], -1)
+        rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated, episode))
+        obs = new_obs
+    return Batch(*(np.stack(column).astype(np.float32) for column in zip(*rows))), obs
+
+
+# ==== Update ====
+def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a minibatch, and what to log."""
+    obs, action, adv, ret, logp_old, value_old = minibatch
+    logp, entropy = agent.log_prob(obs, action)
+    if args.norm_adv:
+        whole = gather(adv)  # as with one process
+        adv = (adv - whole.mean()) / (whole.std(correction=0) + 1e-8)
+    pg_loss = policy_loss(logp, logp_old, adv, args.clip_coef)
+    v_loss = value_loss(agent.value(obs), value_old, ret, args.clip_coef if args.clip_vloss else None)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy.mean()}
+    metrics["approx_kl"] = approx_kl(logp, logp_old)
+    metrics["clipfrac"] = ((logp - logp_old).expm1().abs() > args.clip_coef).float().mean()
+    return loss, {name: x.detach() for name, x in metrics.items()}
+
+
+def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
+    """Epochs of minibatch gradient descent on a batch. Returns means of what to log."""
+    device = next(agent.parameters()).device
+    obs, action, reward, next_obs, terminated, done, _ = (torch.as_tensor(x, device=device) for x in batch)
+    with torch.no_grad():
+        if args.norm_reward:
+            running, agent.running_return = running_returns(reward, done, agent.running_return, args.gamma)
+            agent.return_stats.update(running.reshape(-1, 1))
+            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+        value, next_value = agent.value(obs), agent.value(next_obs)
+        logp, _ = agent.log_prob(obs, action)
+        adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
+        ret = adv + value  # V_t^targ, the lambda-return
+    data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(args.batch_size, device=device)
+        for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in data)):
+            loss, metrics = loss_fn(agent, minibatch, args)
+            optimizer.zero_grad()
+            loss.backward()
+            # one message: gradients, for equal weights, and metrics, for --target-kl to stop all ranks or none
+            shared = [*(p.grad for p in agent.parameters()), *metrics.values()]
+            total = nn.utils.parameters_to_vector(shared)
+            dist.all_reduce(total)
+            nn.utils.vector_to_parameters(total / dist.get_world_size(), shared)
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            history.append(metrics)
+        kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
+        if args.target_kl and kl > args.target_kl:
+            break
+    if args.norm_obs:  # not before: the policy that played has to learn
+        agent.obs_stats.update(obs.flatten(0, 1))
+    metrics = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
+    ret, value = gather(ret), gather(value)
+    unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
+    return metrics | {"explained_variance": 1 - unexplained.item()}
+
+
+# ==== Training ====
+@torch.inference_mode()
+def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
+    """Undiscounted returns of episodes from seeds that training never uses."""
+    device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
+    for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
+        obs, _ = env.reset(seed=seed)
+        for _ in range(100_000):  # an episode without a time limit could go on for ever
+            action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device), greedy=not args.eval_sample)
+            obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
+            returns[i] += reward
+            if terminated or truncated:
+                break
+    env.close()
+    return returns
+
+
+class Result(NamedTuple):
+    """What `train` returns."""
+
+    agent: Agent
+    episode_returns: np.ndarray  # [episodes] undiscounted, in the order in which they finished
+    episode_steps: np.ndarray  # [episodes] the environment step at which each did
+    eval_returns: np.ndarray  # [eval_episodes]
+    run_dir: Path
+
+
+def finished(step: int, returns: list[float], args: Args) -> bool:
+    """Whether all steps are done, or a full window of returns averages --target-return."""
+    full = args.target_return is not None and len(returns) >= args.return_window
+    solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
+    return step + args.batch_size > args.total_timesteps or solved
+
+
+def train(args: Args) -> Result:
+    """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
+    if not dist.is_initialized():  # by an earlier call
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if args.num_envs % ranks:
+        raise ValueError(f"--num-envs {args.num_envs}: must be a multiple of the {ranks} ranks")
+    share = Args(**asdict(args) | {"num_envs": args.num_envs // ranks})
+    if args.cuda and device.type == "cpu" and rank == 0:
+        print("warning: --cuda: no GPU found, training on the CPU")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small networks gain nothing from more
+    torch.manual_seed(args.seed)
+    make_vector = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
+    envs = make_vector([lambda: make_env(args)] * share.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    agent = Agent(envs, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
+    loss = torch.compile(loss_fn) if args.compile else loss_fn
+    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
+    run_dir = [Path(args.resume or f"runs/{name}")]
+    dist.broadcast_object_list(run_dir)  # rank 0's: clocks differ
+    run_dir = run_dir[0]
+    if args.resume:
+        saved = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)  # runs no code
+        agent.load_state_dict(saved["agent"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, returns, steps = saved["step"], saved["returns"], saved["steps"]
+    seeds = np.random.SeedSequence([args.seed, step]).generate_state(ranks * (1 + share.num_envs))
+    torch_seed, *env_seeds = seeds.reshape(ranks, -1)[rank].tolist()  # no two ranks play the same
+    torch.manual_seed(torch_seed)
+    obs, _ = envs.reset(seed=env_seeds)
+    eval_env = make_env(args, run_dir / "videos" if args.capture_video and rank == 0 else None)
+    writer = SummaryWriter(run_dir, purge_step=step + 1) if rank == 0 else None
+    if rank == 0 and not finished(step, returns, args):
+        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=rank > 0 or None)  # None: on a terminal
+    iteration, first_step, start_time = 0, step, time.perf_counter()
+    while not finished(step, returns, args):
+        lr = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = lr
+        batch, obs = rollout(agent, envs, obs, share)
+        metrics = update(agent, optimizer, loss, batch, share)
+        iteration += 1
+        if not math.isfinite(sum(metrics.values())):
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+
+        done, episode = (gather(torch.tensor(x, device=device), 1).cpu().numpy() for x in (batch.done, batch.episode))
+        batch = batch._replace(done=done, episode=episode)  # of all ranks
+        for t, n in np.argwhere(batch.done):
+            episode_return, episode_length = batch.episode[t, n].tolist()
+            returns.append(episode_return)
+            steps.append(step + int(t + 1) * args.num_envs)
+            if rank > 0:
+                continue
+            writer.add_scalar("charts/episodic_return", episode_return, steps[-1])
+            writer.add_scalar("charts/episodic_length", episode_length, steps[-1])
+        step += args.batch_size
+        if rank > 0:
+            continue
+        writer.add_scalar("charts/learning_rate", lr, step)
+        writer.add_scalar("charts/SPS", (step - first_step) / (time.perf_counter() - start_time), step)
+        for name, value in metrics.items():
+            writer.add_scalar(f"losses/{name}", value, step)
+        bar.set_postfix_str(f"return {np.mean(returns[-args.return_window :] or [math.nan]):.1f}", refresh=False)
+        bar.update(args.batch_size)
+        if finished(step, returns, args) or (args.save_every and iteration % args.save_every == 0):
+            saved = {"step": step, "returns": returns, "steps": steps}
+            saved |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(saved, run_dir / "checkpoint.tmp")
+            (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")  # whole or not at all
+    bar.close()
+    envs.close()
+    if rank > 0:
+        return Result(agent, np.array(returns), np.array(steps, int), np.zeros(0), run_dir)
+    eval_returns = evaluate(agent, eval_env, args)
+    if args.eval_episodes:
+        print(f"evaluation: {eval_returns.mean():.2f} ± {eval_returns.std():.2f} over {args.eval_episodes} episodes")
+        writer.add_scalar("eval/episodic_return", eval_returns.mean(), step)
+    writer.close()
+    print(run_dir)
+    return Result(agent, np.array(returns), np.array(steps, int), eval_returns, run_dir)
+
+
+def saved_args(run_dir: Path) -> Args:
+    """The flags that resume a run: train(saved_args(run_dir))."""
+    flags = json.loads(Path(run_dir, "args.json").read_text())
+    return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    train(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)
+    dist.destroy_process_group()
