@@ -25,8 +25,9 @@ so that all take the same steps from the same weights, and the copies stay equal
 ppo_jax.py with as many --num-envs: the union of the devices' minibatches.
 
 Several processes, one on each machine, are one such program where the environment variables JAX_COORDINATOR_ADDRESS
-(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Process 0 logs, saves and evaluates. Where one dies the others fail, too, and exit some minutes
-later: JAX has them wait for each other.
+(host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Process 0 logs, saves and evaluates. Where one
+process dies, the others fail at once but exit minutes later: JAX has them wait for each other.
+
 Environments have to be written in JAX; branches for others stand as in ppo_jax.py, for a short diff.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
