@@ -16,14 +16,14 @@ CEILINGS = {  # lines, characters
     "vpg_advantage": (430, 23_000),
     "ppo": (450, 24_500),
     "reinforce_jax": (480, 26_000),
-    "vpg_advantage_jax": (601, 32_500),
-    "ppo_jax": (620, 34_000),
+    "vpg_advantage_jax": (595, 32_100),
+    "ppo_jax": (611, 33_500),
 }
 CHANGED = {  # lines that diff marks, docstrings apart
     ("vpg_advantage", "ppo"): 60,
     ("vpg_advantage_jax", "ppo_jax"): 60,
     ("reinforce", "vpg_advantage"): 220,
-    ("reinforce_jax", "vpg_advantage_jax"): 340,
+    ("reinforce_jax", "vpg_advantage_jax"): 335,
     ("ppo", "ppo_jax"): 600,
 }
 SCRIPTS = tuple(CEILINGS)
