@@ -491,7 +491,6 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
     policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
     env_state, obs = start(state.key, env, args.eval_episodes)
     state = state._replace(env_state=env_state, obs=obs, episode=jnp.zeros((*obs.shape[:2], 2)))
-
     if isinstance(env, gym.vector.VectorEnv):
         time_limit = env.get_attr("spec")[0].max_episode_steps or 10_000
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
