@@ -1,12 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium>=1.1,<1.4",
-#     "numpy>=1.26,<3",
-#     "tensorboard>=2.18,<3",
-#     "torch>=2.9,<2.14",
-#     "tqdm>=4.66,<5",
-#     "tyro>=0.9,<2",
+#     "gymnasium>=1.1,<1.4", "numpy>=1.26,<3", "tensorboard>=2.18,<3",
+#     "torch>=2.9,<2.14", "tqdm>=4.66,<5", "tyro>=0.9,<2",
 # ]
 # ///
 """REINFORCE, the Monte Carlo policy gradient, in PyTorch.

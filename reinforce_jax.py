@@ -1,16 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flax>=0.11,<0.13",
-#     "gymnasium>=1.1,<1.4",
-#     "gymnax>=1.0,<1.1",
-#     "jax>=0.8,<0.11",
-#     "numpy>=1.26,<3",
-#     "optax>=0.2.6,<0.3",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tqdm>=4.66,<5",
-#     "tyro>=0.9,<2",
+#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
+#     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
 # ]
 # ///
 """REINFORCE, the Monte Carlo policy gradient, in JAX.
@@ -357,8 +349,8 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
         env.close()
     else:
         play = partial(rollout, policy=policy, env=env, num_envs=args.eval_episodes)
-        _, batch = jax.device_get(jax.jit(jax.vmap(play))(state))
-    return (batch.reward * batch.mask).sum(1)
+        _, batch = jax.jit(jax.vmap(play))(state)
+    return np.asarray((batch.reward * batch.mask).sum(1))
 
 
 class Result(NamedTuple):
@@ -401,18 +393,13 @@ def train(args: Args) -> Result:
         if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
             raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
-    mesh, spec = jax.sharding.Mesh(devices, "seeds"), jax.P("seeds")
-    state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.NamedSharding(mesh, spec))
-
-    def over_seeds(function):  # each device has some of the agents and never waits for the others
-        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
-
+    by_seed = jax.NamedSharding(jax.sharding.Mesh(devices, "seeds"), jax.P("seeds"))  # each device has some agents
+    state = jax.device_put(jax.tree.unflatten(tree, leaves), by_seed)
     step, video_dir = int(state.step.min()), run_dir / "videos" if args.capture_video else None
-    eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
-
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env
     policy, learn = partial(act, agent=agent), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = over_seeds(policy), over_seeds(learn)
+        policy, learn = jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
     play = rollout_on_host if on_host else rollout
 
     def iterate(state):
@@ -420,7 +407,7 @@ def train(args: Args) -> Result:
         state, metrics = learn(state, batch)
         return state, (batch.reward, batch.done, batch.mask, metrics)
 
-    run = iterate if on_host else over_seeds(iterate)
+    run = iterate if on_host else jax.jit(jax.vmap(iterate))
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
         (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))

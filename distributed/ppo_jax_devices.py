@@ -1,16 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flax>=0.11,<0.13",
-#     "gymnasium>=1.1,<1.4",
-#     "gymnax>=1.0,<1.1",
-#     "jax>=0.8,<0.11",
-#     "numpy>=1.26,<3",
-#     "optax>=0.2.6,<0.3",
-#     "six>=1.16",
-#     "tensorboardX>=2.6,<3",
-#     "tqdm>=4.66,<5",
-#     "tyro>=0.9,<2",
+#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
+#     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
 # ]
 # ///
 """Proximal policy optimisation (PPO) in JAX, an agent on several devices at once: ppo_jax.py by jax.shard_map.
@@ -415,11 +407,9 @@ def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args
 
 
 def shuffle(key: Array, size: int) -> Array:
-    """A permutation of range(size): sorts words of random high bits, the index in the low ones. jax.random.permutation
-    sorts pairs, which takes a CPU many times as long."""
-    bits = (size - 1).bit_length()
-    words = jax.random.bits(key, (size,)) >> bits << bits | jnp.arange(size, dtype=jnp.uint32)
-    return jnp.sort(words) & (2**bits - 1)
+    """A permutation of range(size). Sorts single numbers; jax.random.permutation sorts pairs, far slower on a CPU."""
+    numbers = jax.random.bits(key, (size,)) // (2 * size) * size + jnp.arange(size, dtype=jnp.uint32)
+    return jnp.sort(numbers) % size
 
 
 def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
@@ -496,11 +486,10 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
         env.close()
     else:
-        play = jax.vmap(partial(rollout, policy=policy, env=env, num_steps=env.max_steps))
-        # without observations, which may be large
-        batch = jax.device_get(jax.jit(lambda state: play(state)[1]._replace(obs=None, next_obs=None))(state))
+        play = partial(rollout, policy=policy, env=env, num_steps=env.max_steps)
+        _, batch = jax.jit(jax.vmap(play))(state)
     first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
-    return (batch.reward * first_episode).sum(1)
+    return np.asarray((batch.reward * first_episode).sum(1))
 
 
 class Result(NamedTuple):
@@ -548,17 +537,11 @@ def train(args: Args) -> Result:
     mesh, split = jax.sharding.Mesh(devices, "devices"), jax.P(None, "devices")  # axes S, N
     spec = State(*[jax.P()] * 7, env_state=split, obs=split, episode=split)._replace(running_return=split)
     state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.tree.map(partial(jax.NamedSharding, mesh), spec))
-
-    def over_seeds(function):  # each device has some of the environments of each agent
-        specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}
-        return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, **specs, check_vma=False))
-
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
-    eval_env = make_envs(args, args.eval_episodes, video_dir) if args.eval_episodes and (on_host or video_dir) else env
-
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env
     policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = over_seeds(policy), over_seeds(learn)
+        policy, learn = jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
         state = state._replace(obs=start(state.key, env, args.num_envs)[1])
     play = rollout_on_host if on_host else rollout
 
@@ -572,7 +555,9 @@ def train(args: Args) -> Result:
     remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
-    run = iterate if on_host else over_seeds(partial(jax.lax.scan, iterate, length=length))
+    specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}  # each device has some of the environments
+    run = jax.vmap(partial(jax.lax.scan, iterate, length=length))
+    run = jax.jit(jax.shard_map(run, mesh=mesh, **specs, check_vma=False))
     main = jax.process_index() == 0
     writer = SummaryWriter(str(run_dir), purge_step=step + 1, write_to_disk=main)
     if main and not finished(step, returns, args):

@@ -16,8 +16,8 @@ CEILINGS = {  # lines, characters
     "vpg_advantage": (430, 23_000),
     "ppo": (450, 24_500),
     "reinforce_jax": (480, 26_000),
-    "vpg_advantage_jax": (594, 32_100),
-    "ppo_jax": (610, 33_500),
+    "vpg_advantage_jax": (580, 31_600),
+    "ppo_jax": (595, 33_100),
 }
 CHANGED = {  # lines that diff marks, docstrings apart
     ("vpg_advantage", "ppo"): 60,
