@@ -81,8 +81,8 @@ class Args:
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
         for name, value in asdict(self).items():
-            counts = name in ("num_envs", "total_timesteps", "return_window", "max_episode_steps")
-            low, high = int(counts), 1 if name == "gamma" else math.inf
+            positive = name in ("num_envs", "total_timesteps", "return_window", "max_episode_steps")
+            low, high = int(positive), 1 if name == "gamma" else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
         if self.resume and not Path(self.resume, "checkpoint.pt").exists():

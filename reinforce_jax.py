@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
+#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0.1,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
 #     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
 # ]
 # ///
@@ -24,7 +24,7 @@ G_t depends on everything that happened after t. vpg_advantage_jax.py subtracts 
 [1] Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning
 [2] Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
 
-Functions are of one agent, of which vmap makes S = num_seeds, and take and return its State.
+Functions are of one agent, of which vmap makes S = num_seeds, unless they say that arrays have an axis S in front.
 Shapes: T = time limit of an episode, N = num_envs; D and A are the sizes of an observation and a Box action.
 
 Run: python reinforce_jax.py --env-id CartPole-v1. Diff: vpg_advantage_jax.py (a baseline), reinforce.py (in PyTorch).
@@ -89,8 +89,8 @@ class Args:
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
         for name, value in asdict(self).items():
-            counts = name in ("num_envs", "num_seeds", "total_timesteps", "return_window", "max_episode_steps")
-            low, high = int(counts), 1 if name == "gamma" else math.inf
+            positive = name in ("num_envs", "num_seeds", "total_timesteps", "return_window", "max_episode_steps")
+            low, high = int(positive), 1 if name == "gamma" else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
         if self.resume and not Path(self.resume, "checkpoint.msgpack").exists():
@@ -136,15 +136,13 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
 
 
 class GymnaxEnv:
-    """An environment of gymnax. Any class with these members will do: pure functions of a single environment, without a
-    reset at the end of an episode. `reset` is computed at every step, so it should be cheap."""
+    """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
 
     def __init__(self, name: str):
         import gymnax
 
         self.env, self.params = gymnax.make(name)
-        space = self.env.action_space(self.params)
-        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(space)
+        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(self.env.action_space(self.params))
         self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
 
     def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
@@ -158,8 +156,8 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args) -> Any:
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    with suppress(RuntimeError):  # too late if JAX runs already, as it does from the import of gymnax on
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
         return None
@@ -179,8 +177,7 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for size in sizes[:-1]:
-        layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
-        layers += [nn.tanh if activation == "tanh" else nn.relu]
+        layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2))), getattr(nn, activation)]
     return nn.Sequential([*layers, nn.Dense(sizes[-1], kernel_init=nn.initializers.orthogonal(gain))])
 
 
@@ -348,8 +345,7 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, args.eval_episodes)
         env.close()
     else:
-        play = partial(rollout, policy=policy, env=env, num_envs=args.eval_episodes)
-        _, batch = jax.jit(jax.vmap(play))(state)
+        _, batch = jax.jit(jax.vmap(lambda state: rollout(state, policy, env, args.eval_episodes)))(state)
     return np.asarray((batch.reward * batch.mask).sum(1))
 
 
@@ -375,8 +371,7 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()
-    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_seeds % k == 0)]
+    devices = jax.devices()[: max(k for k in range(1, jax.device_count() + 1) if args.num_seeds % k == 0)]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
@@ -396,11 +391,10 @@ def train(args: Args) -> Result:
     by_seed = jax.NamedSharding(jax.sharding.Mesh(devices, "seeds"), jax.P("seeds"))  # each device has some agents
     state = jax.device_put(jax.tree.unflatten(tree, leaves), by_seed)
     step, video_dir = int(state.step.min()), run_dir / "videos" if args.capture_video else None
-    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env
-    policy, learn = partial(act, agent=agent), partial(update, agent=agent, args=args)
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env  # gymnax makes no videos
+    play, policy, learn = rollout, partial(act, agent=agent), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
-    play = rollout_on_host if on_host else rollout
+        play, policy, learn = rollout_on_host, jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
 
     def iterate(state):
         state, batch = play(state, policy, env, args.num_envs)
@@ -450,10 +444,9 @@ def train(args: Args) -> Result:
             print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
     writer.close()
     print(run_dir)
-    if args.num_seeds > 1:
-        return Result(state.params, returns, steps, eval_returns, run_dir, state)
-    params = jax.tree.map(lambda x: x[0], state.params)
-    return Result(params, returns[0], steps[0], eval_returns[0], run_dir, state)
+    agents = slice(None) if args.num_seeds > 1 else 0
+    params = jax.tree.map(lambda x: x[agents], state.params)
+    return Result(params, returns[agents], steps[agents], eval_returns[agents], run_dir, state)
 
 
 def saved_args(run_dir: Path) -> Args:

@@ -16,7 +16,7 @@ stands in for rewards further ahead, which lowers the variance again, at some bi
 with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. This gradient is
 that of the policy that played the batch, so one step per batch is the default; ppo.py takes many.
 A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t being the observation at the cut. Only
-`terminated` means that nothing follows; `done`, terminated or truncated, stops the sum.
+`terminated` means that nothing follows; `done`, terminated or truncated, ends the sum in `gae`.
 
 [1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -88,8 +88,8 @@ class Args:
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
         for name, value in asdict(self).items():
-            counts = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
-            low, high = int(counts), 1 if name in ("gamma", "gae_lambda") else math.inf
+            positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
+            low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
         if self.batch_size % self.num_minibatches:
@@ -305,7 +305,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             history.append(metrics)
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
-    metrics = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
+    metrics = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
     unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
     return metrics | {"explained_variance": 1 - unexplained.item()}
 

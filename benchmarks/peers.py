@@ -20,9 +20,12 @@ SB3 = {  # settings of stable-baselines3: CleanRL's for PPO, ours for A2C, rl-zo
     "zoo": {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8}
     | {"learning_rate": lambda left: left * 0.001, "clip_range": lambda left: left * 0.2},
 }
-PUREJAXRL = {"NUM_STEPS": 128, "UPDATE_EPOCHS": 4, "NUM_MINIBATCHES": 4, "LR": 2.5e-4, "ANNEAL_LR": True, "GAMMA": 0.99}
-PUREJAXRL |= {"GAE_LAMBDA": 0.95, "CLIP_EPS": 0.2, "ENT_COEF": 0.01, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5}
-PUREJAXRL |= {"ENV_NAME": "CartPole-v1", "ACTIVATION": "tanh", "DEBUG": False}
+PUREJAXRL = {"NUM_STEPS": 128, "UPDATE_EPOCHS": 4, "ANNEAL_LR": True, "GAMMA": 0.99, "GAE_LAMBDA": 0.95}
+PUREJAXRL |= {"CLIP_EPS": 0.2, "ENT_COEF": 0.01, "VF_COEF": 0.5, "MAX_GRAD_NORM": 0.5, "DEBUG": False}
+PUREJAXRL_OF = {  # the rest of its settings
+    "CartPole-v1": {"NUM_MINIBATCHES": 4, "LR": 2.5e-4, "ACTIVATION": "tanh"},
+    "Breakout-MinAtar": {"NUM_MINIBATCHES": 8, "LR": 5e-3, "ACTIVATION": "relu"},
+}
 
 
 def cleanrl(script: str, batch_size: int, flags: str) -> list:
@@ -75,7 +78,7 @@ def sb3(model: str, settings: str, steps: int, num_envs: int = 4, target: float 
     return [*marks[1:], (time.time(), agent.num_timesteps)]
 
 
-def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> list:
+def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1, env_id: str = "CartPole-v1") -> list:
     """PureJaxRL's ppo.py: one program from the first to the last step, compiled first. What it asks of its wrappers is
     served by gymnax's own, for its copies stop at an older gymnax."""
     import gymnax.wrappers
@@ -92,7 +95,8 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1) -> list:
     if jax.default_backend() == "cpu":  # a batch of QR decompositions can deadlock it; ours are one by one, too
         jax.numpy.linalg.qr = jax.custom_batching.sequential_vmap(jax.numpy.linalg.qr)
     make_train = runpy.run_path(f"{path}/purejaxrl/ppo.py")["make_train"]
-    train = make_train(PUREJAXRL | {"NUM_ENVS": num_envs, "TOTAL_TIMESTEPS": steps})
+    settings = PUREJAXRL | PUREJAXRL_OF[env_id] | {"ENV_NAME": env_id, "NUM_ENVS": num_envs, "TOTAL_TIMESTEPS": steps}
+    train = make_train(settings)
     keys = jax.random.split(jax.random.PRNGKey(30), num_seeds)
     train, keys = (jax.jit(jax.vmap(train)), keys) if num_seeds > 1 else (jax.jit(train), keys[0])
     program = train.lower(keys).compile()

@@ -24,13 +24,11 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -42,7 +40,7 @@ from benchmarks.table import made_with, markdown, put_into
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 NUM_ENVS = (1, 4, 16, 64, 256, 1024, 4096)  # of the figure
 PACKAGES = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", "sbx-rl")
-KEYS = {"speed": ["comparison"], "parts": ["script"], "scaling": ["script", "num_envs"], "defaults": ["command"]}
+KEYS = {"speed": ["comparison"], "scaling": ["script", "num_envs"], "defaults": ["command"]}
 
 
 # ==== Programs ====
@@ -64,43 +62,19 @@ def ours(script: str, flags: list[str]) -> list:
     return marks
 
 
-def parts(script: str, steps: int) -> dict[str, str]:
-    """Microseconds per environment step that a PyTorch script spends in the parts of its loop."""
-    module, spent, starts = importlib.import_module(script), Counter(), []
-
-    def time_calls(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            starts.append(time.perf_counter())
-            start, outcome = starts[-1], function(*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return outcome
-
-        setattr(owner, name, timed)
-
-    for owner, name in ((module, "rollout"), (module, "update"), (gym.vector.SyncVectorEnv, "step")):
-        time_calls(owner, name)
-    module.train(module.Args(total_timesteps=steps, eval_episodes=0))
-    rest = time.perf_counter() - starts[0] - spent["rollout"] - spent["update"]
-    found = {"environments": spent["step"], "policy": spent["rollout"] - spent["step"], "update": spent["update"]}
-    return {name: f"{1e6 * x / steps:.1f}" for name, x in (found | {"log and checkpoint": rest}).items()}
-
-
 # ==== Measuring ====
 def worker(cores: str, program: str, *flags: str) -> None:
-    """In a process of its own: run a script, `parts` or a peer; print what it returns and the peak memory in MB."""
+    """In a process of its own: run a script or a peer; print its marks and the peak memory in MB."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
     if program.endswith(".py"):
-        outcome = ours(program.removesuffix(".py"), flags)
+        marks = ours(program.removesuffix(".py"), flags)
     else:
-        function = parts if program == "parts" else getattr(importlib.import_module("benchmarks.peers"), program)
-        outcome = tyro.cli(function, args=flags)
-    print("\n" + json.dumps([outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+        marks = tyro.cli(getattr(importlib.import_module("benchmarks.peers"), program), args=flags)
+    print("\n" + json.dumps([marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 
 
-def in_process(command: str, cores: int) -> tuple[Any, float, float]:
-    """Run a program. Returns what it does, its peak memory, and when its process was started."""
+def measure(command: str, cores: int) -> dict[str, float]:
+    """Run a program in a process. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
     line = [sys.executable, __file__, "--worker", str(cores), *shlex.split(command)]
     env = os.environ | {"TQDM_DISABLE": ""} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
@@ -108,12 +82,7 @@ def in_process(command: str, cores: int) -> tuple[Any, float, float]:
         done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return *json.loads(done.stdout.splitlines()[-1]), start
-
-
-def measure(command: str, cores: int) -> dict[str, float]:
-    """Run a program. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
-    marks, memory, start = in_process(command, cores)
+    marks, memory = json.loads(done.stdout.splitlines()[-1])
     times, steps = np.array(marks).T
     warm = len(marks) // 3 if len(marks) > 2 else 0
     speed = (steps[-1] - steps[warm]) / (times[-1] - times[warm])
@@ -142,11 +111,6 @@ def compare(name: str, pair: dict, repeats: int) -> dict:
     return (
         row | {name: f"{x:.3g}" for name, x in found.items()} | {"processor": gpu() if "cuda" in pair else processor()}
     )
-
-
-def take_apart(script: str) -> dict:
-    """A row of parts.csv."""
-    return {"script": script, **in_process(f"parts --script {script} --steps 100000", 1)[0], "processor": processor()}
 
 
 def scale(script: str, num_envs: int) -> dict:
@@ -184,12 +148,10 @@ def report(results: Path, headlines: list[str], readme: Path | None) -> None:
     """SPEED.md, speed.png and the README's table."""
     import matplotlib.pyplot as plt  # here, for what is imported above counts as a worker's time to start
 
-    speeds, spent, scaling, defaults = (read(results / f"{name}.csv") for name in KEYS)
+    speeds, scaling, defaults = (read(results / f"{name}.csv") for name in KEYS)
     lines = [made_with(results / "speed.json"), comparisons(speeds)]
     lines += ["Default flags, two cores; seconds until the first update, and steps per second after it:"]
     lines += [markdown(list(defaults[0]), [row.values() for row in defaults])]
-    lines += ["Microseconds per environment step, over the first 100,000 with default flags on one core:"]
-    lines += [markdown(list(spent[0]), [row.values() for row in spent])]
     put_into(HERE / "SPEED.md", "speed.py", "\n\n".join(line.strip() for line in lines) + "\n")
     if readme is not None:
         put_into(readme, "speed.py", comparisons([row for row in speeds if row["comparison"] in headlines]))
@@ -208,9 +170,7 @@ def report(results: Path, headlines: list[str], readme: Path | None) -> None:
 class Args:
     """Measure, and write the tables and the figure."""
 
-    words: Annotated[
-        tuple[str, ...], tyro.conf.Positional
-    ] = ()  # of a comparison, or parts/, scaling/, defaults/SCRIPT
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of a comparison, or scaling/SCRIPT, defaults/SCRIPT
     cleanrl: Path | None = None  # checkout of vwxyzjn/cleanrl
     leanrl: Path | None = None  # checkout of pytorch-labs/LeanRL
     purejaxrl: Path | None = None  # checkout of luchris429/purejaxrl
@@ -231,7 +191,6 @@ def main(args: Args) -> None:
         jobs += [("scaling", f"scaling/{script}", partial(scale, script, num_envs)) for num_envs in NUM_ENVS]
         backends = ("", " --env-backend gymnasium") if script.endswith("_jax") else ("",)
         jobs += [("defaults", f"defaults/{script}", partial(by_default, f"{script}.py{flag}")) for flag in backends]
-        jobs += [] if script.endswith("_jax") else [("parts", f"parts/{script}", partial(take_apart, script))]
     for kind, name, job in tqdm(jobs):
         if not args.words or any(word in name for word in args.words):
             row = {key: str(value) for key, value in job().items()}

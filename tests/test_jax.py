@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.test_runs import make_args, params, python, run, same
+from tests.test_runs import params, python, run, same
 from tests.toy_envs import BOUNDS, RESET
 
 TOY = "tests.toy_envs_jax:"
@@ -127,10 +127,8 @@ def test_sampled_actions(script):
     if script != "reinforce_jax":
         fields["obs_stats"] = module.RunningMeanStd(0.5, 0.04, 1.0)
         obs, act = 0.2 * obs + 0.5, partial(act, args=args)
-    state, agents = (
-        new_state(module, **fields),
-        [module.Agent(x, args) for x in (gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (3,)))],
-    )
+    state = new_state(module, **fields)
+    agents = [module.Agent(x, args) for x in (gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (3,)))]
     p = np.exp(logits / (0.5 if script == "reinforce_jax" else 1))
     assert stats.chisquare(np.bincount(act(state, obs, key, agents[0])), n * p / p.sum()).pvalue > 0.001
     z = (np.asarray(act(state, obs, key, agents[1])) - logits) / std
@@ -138,28 +136,6 @@ def test_sampled_actions(script):
     assert (np.abs(np.corrcoef(z.T) - np.eye(3)) < 5 / np.sqrt(n)).all()
     assert (act(state, obs, key, agents[0], greedy=True) == 1).all()
     np.testing.assert_allclose(act(state, obs[:1], key, agents[1], greedy=True), [logits], atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_first_ratio_is_one(env_id):
-    """The first minibatch of an update meets the policy that played the batch, out-of-bounds actions included."""
-    module = importlib.import_module("ppo_jax")
-    args = make_args("ppo_jax", env_id=env_id, norm_obs=True, num_minibatches=1, update_epochs=1)
-    env = module.make_jax_env(args)
-    agent, key = module.Agent(env.action_space, args), jax.random.PRNGKey(0)
-    policy = partial(module.act, agent=agent, args=args)
-    state = module.init_state(key, *jax.tree.map(lambda x: x[0], module.start(key[None], env, 4)), agent)
-
-    @jax.jit
-    def iterate(state):
-        state, batch = module.rollout(state, policy, env, 32)
-        return *module.update(state, batch, agent, args), jnp.abs(batch.action).max()
-
-    for _ in range(3):
-        state, metrics, largest = iterate(state)
-        assert 0 <= metrics["approx_kl"] < 1e-9 and metrics["clipfrac"] == 0
-        assert largest > 1 or env_id == "CartPole-v1"
 
 
 # ==== Training ====
@@ -180,8 +156,8 @@ def test_a_run_counts_and_compiles_once(script, env_id, caplog):
     assert np.array_equal(result.episode_steps, np.repeat(np.arange(12, 205, 12), 3))
     returns = np.concatenate([result.episode_returns, result.eval_returns])
     assert ((returns - 10) % 400 == 0).all()  # 4 steps of episode e earn 400 e + 10
-    programs = re.findall(r"Finished XLA compilation of jit\((scan|iterate|act|update|rollout)\)", caplog.text)
-    compiled = ["scan", "iterate" if script == "reinforce_jax" else "scan", "rollout"]
+    programs = re.findall(r"Finished XLA compilation of jit\((scan|iterate|act|update|<lambda>)\)", caplog.text)
+    compiled = ["scan", "iterate" if script == "reinforce_jax" else "scan", "<lambda>"]
     assert programs == (compiled if env_id == TOY + "Fixed" else ["scan", "act", "update", "act"])
 
 

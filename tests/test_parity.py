@@ -81,25 +81,7 @@ def noise(name, kind, *rows):
     return {field: x.astype(np.float32) for field, x in batch.items()}
 
 
-# ==== Math ====
-
-
-@each_pair
-def test_returns_and_advantages(name):
-    """The functions over time agree to 1e-6 of their scale, on noise cut by terminations and truncations."""
-    ours, theirs = importlib.import_module(name), importlib.import_module(f"{name}_jax")
-    rng = np.random.default_rng(0)
-    reward, value, next_value, carry = rng.normal(size=(4, 64, 20)).astype(np.float32)
-    terminated, truncated = (rng.random((2, 64, 20)) < 0.1).astype(np.float32)
-    done = np.maximum(terminated, truncated)
-    calls = {"discounted_returns": ((reward, done), 0.99)}
-    if name != "reinforce":
-        calls = {"gae": ((reward, value, next_value, terminated, done), 0.99, 0.95)}
-        calls["running_returns"] = (reward, done, carry[0]), 0.99
-    for function, (arrays, *numbers) in calls.items():
-        x = getattr(ours, function)(*map(torch.tensor, arrays), *numbers)
-        y = getattr(theirs, function)(*arrays, *numbers)
-        assert_close([*x], [*y], 1e-6 * float(np.abs(y[0]).max()))
+# ==== Networks and update ====
 
 
 @each_pair
@@ -110,9 +92,6 @@ def test_initial_weights(name):
     params = twins.jax.init_state(jax.random.PRNGKey(3), *arguments, twins.jax_agent).params
     scale = partial(jax.tree.map, lambda x: np.linalg.svd(x)[1] if x.ndim == 2 else x)
     assert_close(scale(twins.initial), scale(params))
-
-
-# ==== Update ====
 
 
 @pytest.mark.parametrize("kind", [pytest.param("discrete", marks=pytest.mark.slow), "continuous"])
@@ -192,13 +171,6 @@ def test_epochs_and_minibatches(end, monkeypatch):
 # ==== Rollout ====
 
 
-class Idle(torch.nn.Linear):
-    """As much of an agent as a rollout needs; it never does anything."""
-
-    def act(self, obs):
-        return torch.zeros(len(obs), dtype=torch.int64)
-
-
 @each_pair
 def test_rollout_on_host(name):
     """What PyTorch sees of four environments that take no notice of actions, JAX sees, with two agents of two each."""
@@ -212,12 +184,13 @@ def test_rollout_on_host(name):
     jax_envs.reset = lambda seed: seeds.append(seed) or reset(seed=seed)
     state = {"key": jnp.array([[1, 2], [3, 4]], jnp.uint32), "obs": obs.reshape(2, 2, 3)}
     state = theirs.State(*(state.get(field) for field in theirs.State._fields))
-    size = 2 if name == "reinforce" else 24
+    size, idle = 2 if name == "reinforce" else 24, torch.nn.Linear(3, 1)
+    idle.act = lambda obs: torch.zeros(len(obs), dtype=torch.int64)
     state, jax_batch = theirs.rollout_on_host(state, lambda _, obs, key: np.zeros((2, 2), int), jax_envs, size)
     if name == "reinforce":
-        batch = ours.rollout(Idle(3, 1), envs, seeds[1], args)
+        batch = ours.rollout(idle, envs, seeds[1], args)
     else:
-        batch, obs = ours.rollout(Idle(3, 1), envs, envs.reset(seed=seeds[0])[0], args)
+        batch, obs = ours.rollout(idle, envs, envs.reset(seed=seeds[0])[0], args)
         np.testing.assert_array_equal(state.obs.reshape(4, 3), obs)
     assert (batch.obs[..., 0] == RESET).any() and batch.done.sum() >= 4
     for field in jax_batch._fields:  # of REINFORCE's rows those after the last end are zeros in JAX

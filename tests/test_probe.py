@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
-FAST = {"reinforce", "ppo"}  # and only on the harder probes; the rest with -m slow
+from tests.test_runs import SCRIPTS, each
+
 GAMMA = 0.5  # so that a discount that is missing, or one too many, shows
 SETTINGS = {"learning_rate": 0.01, "num_envs": 16, "hidden_sizes": (16,), "gamma": GAMMA, "eval_episodes": 20}
 BATCHES = {"num_steps": 16, "num_minibatches": 4, "gae_lambda": 0.9, "norm_adv": True, "norm_reward": False}
@@ -27,50 +27,37 @@ def train(script: str, name: str, **flags):
     return module, args, module.train(args)
 
 
-def values(module, args, agent, obs: list[float]) -> np.ndarray:
-    """V of observations of one number each."""
-    obs = np.array(obs, np.float32)[:, None]
-    if hasattr(agent, "state_dict"):
-        with torch.no_grad():
-            return agent.value(torch.from_numpy(obs)).numpy()
-    return np.asarray(module.Agent(gym.spaces.Discrete(2), args).apply({"params": agent}, obs, method="value"))
-
-
-def cases(scripts, probes):
-    """All combinations; the fast ones are those of FAST scripts with the last probe."""
-    pairs = [(script, probe) for script in scripts for probe in probes]
-    slow = [script not in FAST or probe != probes[-1] for script, probe in pairs]
-    return [pytest.param(*pair, marks=[pytest.mark.slow] if s else []) for pair, s in zip(pairs, slow)]
-
-
 V = {
-    "OneStep": {0.0: 1},
-    "ObsReward": {-1.0: -1, 1.0: 1},
     "LaterReward": {0.0: GAMMA, 1.0: 1},
     "Forever": {0.0: 1 / (1 - GAMMA)},  # cut by a time limit every five steps; 5/3 if that counted as an end
 }
 
 
-@pytest.mark.parametrize(("script", "name"), cases([s for s in SCRIPTS if "reinforce" not in s], [*V]))
+@each(["ppo"], of=[script for script in SCRIPTS if "reinforce" not in script])
+@pytest.mark.parametrize("name", V)
 def test_value(script, name):
     module, args, result = train(script, name, **EPOCHS)
-    expected = V[name]
+    obs, expected = np.array([*V[name]], np.float32)[:, None], [*V[name].values()]
+    if script.endswith("_jax"):
+        value = module.Agent(gym.spaces.Discrete(2), args).apply({"params": result.agent}, obs, method="value")
+    else:
+        value = result.agent.value(torch.from_numpy(obs))
     # what was left after Adam's last steps was 0.002 at most; a wrong formula is off by a quarter or more
-    assert values(module, args, result.agent, list(expected)) == pytest.approx(list(expected.values()), abs=0.02)
+    assert value.tolist() == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize(("script", "name"), cases(SCRIPTS, ["ActionReward", "MatchObs"]))
-def test_discrete_policy(script, name):
-    """The best action earns 1, the other 0; half of MatchObs's episodes start from either observation."""
-    _, _, result = train(script, name)
+@each(["reinforce", "ppo"])
+def test_discrete_policy(script):
+    """The best action, which the observation tells, earns 1, the other 0."""
+    _, _, result = train(script, "MatchObs")
     assert result.eval_returns.tolist() == [1] * 20
     assert result.episode_returns[:64].mean() < 0.8 < 0.9 < result.episode_returns[-64:].mean()
 
 
-@pytest.mark.parametrize(("script", "name"), cases(SCRIPTS, ["ActionRewardContinuous", "MatchObsContinuous"]))
-def test_continuous_policy(script, name):
-    """The mean action is within 0.1 of the best one, which is 0.5, or half of the observation."""
-    _, _, result = train(script, name)
+@each(["reinforce", "ppo"])
+def test_continuous_policy(script):
+    """The mean action is within 0.1 of the best one, which is half of the observation."""
+    _, _, result = train(script, "MatchObsContinuous")
     assert (result.eval_returns > -(0.1**2)).all()
     # With deviation 1 at least -1 is lost; 256 chi-squared numbers have a mean within 0.18 in 19 cases of 20.
     assert result.episode_returns[:256].mean() < -0.8 < -0.7 < result.episode_returns[-256:].mean()

@@ -1,6 +1,7 @@
 """The scripts are one file written six times: short, flat, alone, and the same but for the idea."""
 
 import ast
+import difflib
 import re
 import sys
 import tokenize
@@ -16,14 +17,14 @@ CEILINGS = {  # lines, characters
     "vpg_advantage": (430, 23_000),
     "ppo": (450, 24_500),
     "reinforce_jax": (480, 26_000),
-    "vpg_advantage_jax": (580, 31_600),
-    "ppo_jax": (595, 33_100),
+    "vpg_advantage_jax": (565, 31_200),
+    "ppo_jax": (581, 32_700),
 }
 CHANGED = {  # lines that diff marks, docstrings apart
     ("vpg_advantage", "ppo"): 60,
     ("vpg_advantage_jax", "ppo_jax"): 60,
     ("reinforce", "vpg_advantage"): 220,
-    ("reinforce_jax", "vpg_advantage_jax"): 340,
+    ("reinforce_jax", "vpg_advantage_jax"): 332,
     ("ppo", "ppo_jax"): 600,
 }
 SCRIPTS = tuple(CEILINGS)
@@ -48,7 +49,6 @@ SIGNATURES = {  # which programs beyond this repository may call
         "approx_kl": ["logp", "logp_old"],
     },
 }
-UNDECLARED = {"gymnax": {"six"}}  # what a distribution imports without asking for it
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -97,21 +97,16 @@ def test_ceilings(script):
     assert len(top) <= 30
 
 
-def changed_lines(ours: list[str], theirs: list[str]) -> int:
-    """Lines that `diff` marks: all but the longest common subsequence."""
-    common = [0] * (len(theirs) + 1)  # lengths for the lines of `ours` so far and the first j of `theirs`
-    for line in ours:
-        diagonal = 0
-        for j, other in enumerate(theirs, 1):
-            diagonal, common[j] = common[j], diagonal + 1 if line == other else max(common[j], common[j - 1])
-    return len(ours) + len(theirs) - 2 * common[-1]
+def changed_lines(ours: str, theirs: str) -> int:
+    """Lines of code that differ; docstrings of the modules do not count."""
+    ours, theirs = (re.sub(r'""".*?"""', "", x, count=1, flags=re.DOTALL).splitlines() for x in (ours, theirs))
+    blocks = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    return len(ours) + len(theirs) - 2 * sum(block.size for block in blocks)
 
 
 @pytest.mark.parametrize(("a", "b"), CHANGED)
 def test_diffs_are_small(a, b):
-    without_docstring = [re.sub(r'""".*?"""', "", SOURCE[x], count=1, flags=re.DOTALL).splitlines() for x in (a, b)]
-    assert 0 < changed_lines(*without_docstring) <= CHANGED[a, b]
-    assert changed_lines(["a", "b", "c"], ["b", "x", "c", "d"]) == 3  # the ruler
+    assert 0 < changed_lines(SOURCE[a], SOURCE[b]) <= CHANGED[a, b]
 
 
 @each_script
@@ -187,7 +182,7 @@ def test_imports_and_dependencies(script):
     block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", SOURCE[script]).group(1)
     metadata = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") + "\n" for line in block.splitlines()))
     needed = imports(script) - sys.stdlib_module_names
-    needed |= {extra for name in needed for extra in UNDECLARED.get(name, ())}
+    needed |= {"six"} if "gymnax" in needed else set()  # which imports it without asking for it
     assert [re.match(r"[\w.-]+", x).group() for x in metadata["dependencies"]] == sorted(needed, key=str.lower)
     assert set(metadata["dependencies"]) <= {x.split(";")[0].strip() for x in project["dependencies"]}
     assert metadata["requires-python"] == project["requires-python"]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from scipy.special import log_softmax
 
 import ppo
 import reinforce
 import vpg_advantage
-from tests.toy_envs import BOUNDS, RESET, Tabular
+from tests.test_runs import scalars
+from tests.toy_envs import BOUNDS, RESET
 
 ALL = pytest.mark.parametrize("script", [reinforce, vpg_advantage, ppo], ids=lambda script: script.__name__)
 ACTOR_CRITIC = pytest.mark.parametrize("script", [vpg_advantage, ppo], ids=lambda script: script.__name__)
@@ -102,8 +103,7 @@ def test_no_row_joins_two_episodes(script):
     episode, now = obs[..., 1], obs[..., 2]
     assert not (next_obs[..., 0] == RESET).any()
     assert np.array_equal(obs[..., 0] == RESET, now == 0)
-    assert np.array_equal(next_obs[..., 1], episode)
-    assert np.array_equal(next_obs[..., 2], now + 1)
+    assert np.array_equal(next_obs[..., 1:], np.stack([episode, now + 1], -1))
     assert np.array_equal(reward, 100 * episode + now + 1)
     assert np.array_equal((next_obs[:-1] == obs[1:]).all(-1), done[:-1] == 0)
     assert np.array_equal(obs[1:, :, 1] - episode[:-1], done[:-1])  # the next episode follows each end, none is lost
@@ -112,8 +112,7 @@ def test_no_row_joins_two_episodes(script):
     truncated = (natural & (episode % 3 != 0)) | (now + 1 == 5)
     assert np.array_equal(terminated, natural & (episode % 3 != 1))
     assert np.array_equal(done, (terminated == 1) | truncated)
-    kinds = {tuple(kind) for kind in np.stack([terminated, truncated], -1).reshape(-1, 2)}
-    assert kinds == {(0, 0), (1, 0), (0, 1), (1, 1)}
+    assert {*zip(terminated.flat, truncated.flat)} == {(0, 0), (1, 0), (0, 1), (1, 1)}
 
     length = next_obs[..., 2]  # return and length stand in the row that ended the episode
     assert np.array_equal(played[..., 1], length * done)
@@ -126,19 +125,17 @@ def test_reinforce_plays_one_whole_episode_per_environment():
     run = Run(reinforce, TOY + "Ledger-v0", num_envs=7)
     for _ in range(3):
         batch = run.rollout()
-        length = batch.mask.sum(0).astype(int)
-        episode = batch.obs[0, :, 1]
-        assert np.array_equal(length, np.minimum(1 + 3 * episode % 7, 5))
-        for n, steps in enumerate(length):
-            ones = np.arange(len(batch.mask)) < steps
-            assert np.array_equal(batch.mask[:, n], ones)
-            assert np.array_equal(batch.done[:, n], ones & (np.arange(len(ones)) == steps - 1))
-            assert np.array_equal(batch.obs[:steps, n, 1], np.full(steps, episode[n]))
-            assert np.array_equal(batch.obs[:steps, n, 2], np.arange(steps))
-            assert np.array_equal(batch.obs[:steps, n, 0] == RESET, np.arange(steps) == 0)
-            assert np.array_equal(batch.reward[:steps, n], 100 * episode[n] + np.arange(1, steps + 1))
-            assert batch.episode[steps - 1, n].tolist() == [batch.reward[:steps, n].sum(), steps]
-        assert len(batch.mask) == length.max()
+        episode, now = batch.obs[0, :, 1], np.arange(len(batch.mask))[:, None]
+        length = np.minimum(1 + 3 * episode % 7, 5)
+        played = now < length
+        assert len(played) == length.max()
+        assert np.array_equal(batch.mask, played)
+        assert np.array_equal(batch.done, now == length - 1)
+        obs = np.stack(np.broadcast_arrays(np.where(now == 0, RESET, 0), episode, now), -1)
+        assert np.array_equal(batch.obs[played], obs[played])
+        assert np.array_equal(batch.reward[played], (100 * episode + now + 1)[played])
+        ended = np.stack([(batch.reward * played).sum(0), length], -1)
+        assert np.array_equal(batch.episode[length.astype(int) - 1, range(7)], ended)
 
 
 @ALL
@@ -148,10 +145,9 @@ def test_stored_actions_are_the_sampled_ones(script, env_id):
     sample. Clipped samples have another probability than the one that they are given."""
     run = Run(script, TOY + env_id, num_envs=20)
     batch = run.rollout()
-    action, last = batch.action, len(batch.obs) - 1
-    # reinforce has no next_obs; a row that ends no episode has its successor below it
+    action = batch.action
+    # reinforce has no next_obs, but each row is the successor of the one above, for all episodes take five steps
     received = batch.obs[1:] if script is reinforce else batch.next_obs[:-1]
-    within = batch.done[:last] == 0 if script is reinforce else np.ones((last, 20), bool)
     if env_id == "EchoDiscrete-v0":
         assert set(action.flat) == {0, 1, 2}
         expected = 5 + action[..., None]
@@ -159,7 +155,7 @@ def test_stored_actions_are_the_sampled_ones(script, env_id):
         assert (np.abs(action) > 1).any(axis=(0, 1)).all()  # a third of a unit normal is out of bounds
         a, b, c, d = np.moveaxis(action, -1, 0)
         expected = np.stack([0.5 + 2.5 * a, 0.5 + 0.5 * b, c, d], -1).clip(*BOUNDS)
-    close(received[within], expected[:last][within], 1e-6)
+    close(received, expected[:-1], 1e-6)
 
 
 # ==== Policy ====
@@ -169,15 +165,14 @@ def test_stored_actions_are_the_sampled_ones(script, env_id):
 @pytest.mark.parametrize("env_id", ["EchoDiscrete-v0", "EchoBox-v0"])
 @pytest.mark.parametrize("special", [False, True])
 def test_policy_is_the_distribution_it_says(script, env_id, special):
-    """Log-probability and entropy against scipy: a softmax, or the sum over dimensions that a diagonal multivariate
-    normal is. With temperature, or with observations standardised and kept within [-10, 10]."""
+    """Log-probability and entropy against scipy: of a softmax, or of independent normals, summed over dimensions.
+    With temperature, or with observations standardised and kept within [-10, 10]."""
     discrete, temperature = env_id == "EchoDiscrete-v0", 2.0 if special and script is reinforce else 1.0
     run = Run(script, TOY + env_id, **({"temperature": temperature} if script is reinforce else {"norm_obs": special}))
     agent, n = run.agent, run.envs.single_observation_space.shape[0]
     for p in agent.actor.parameters():  # at first all actions are nearly the same
         torch.nn.init.normal_(p)
-    obs = torch.randn(5, 2, n)
-    seen = obs
+    obs = seen = torch.randn(5, 2, n)
     if script is not reinforce:
         agent.obs_stats.mean[:], agent.obs_stats.var[:] = 0.5, 0.04
         seen = ((obs - 0.5) / 0.2).clamp(-10, 10) if special else obs
@@ -185,54 +180,35 @@ def test_policy_is_the_distribution_it_says(script, env_id, special):
     out = agent.actor(seen).detach().double().numpy()
     if discrete:
         action = torch.randint(3, (5, 2))
-        p = np.exp(out / temperature)
-        p /= p.sum(-1, keepdims=True)
-        logp, entropy = np.log(np.take_along_axis(p, action.numpy()[..., None], -1))[..., 0], stats.entropy(p, axis=-1)
+        logits = log_softmax(out / temperature, -1)
+        logp = np.take_along_axis(logits, action.numpy()[..., None], -1)[..., 0]
+        entropy = stats.entropy(np.exp(logits), axis=-1)
     else:
-        agent.log_std.data = torch.tensor([-1.0, -0.3, 0.2, 0.7])
-        action = torch.randn(5, 2, 4)
-        cov = np.diag(np.exp(2 * agent.log_std.detach().double().numpy()))
-        normals = [stats.multivariate_normal(mean, cov) for mean in out.reshape(-1, 4)]
-        logp = np.reshape([normal.logpdf(a) for normal, a in zip(normals, action.reshape(-1, 4))], (5, 2))
-        entropy = np.reshape([normal.entropy() for normal in normals], (5, 2))
+        action, std = torch.randn(5, 2, 4), np.array([0.4, 0.7, 1.2, 2.0])
+        agent.log_std.data = torch.tensor(std).log().float()
+        logp = stats.norm.logpdf(action, out, std).sum(-1)
+        entropy = np.full((5, 2), stats.norm.entropy(scale=std).sum())
     actual = agent.log_prob(obs, action)
     close(actual[0], logp)
     close(actual[1], entropy)
     close(agent.act(obs, greedy=True), out.argmax(-1) if discrete else out)
 
 
-def flat_agent(script, env_id, out, **flags):
-    """An agent whose policy does not look at its observation: logits, or means, are `out`."""
-    run = Run(script, env_id, hidden_sizes=(), **flags)
-    torch.nn.init.zeros_(run.agent.actor[0].weight)
-    run.agent.actor[0].bias.data = torch.tensor(out)
-    return run.agent, torch.randn(50_000, run.envs.single_observation_space.shape[0])
-
-
-@pytest.mark.parametrize(("script", "temperature"), [(reinforce, 0.5), (vpg_advantage, None), (ppo, None)])
-def test_sampled_frequencies(script, temperature):
-    """Actions are drawn from the softmax of logits / temperature: chi-square over 50,000 draws, fixed seed."""
-    logits, flags = [0.0, 1.0, -0.5], {"temperature": temperature} if temperature else {}
-    agent, obs = flat_agent(script, TOY + "EchoDiscrete-v0", logits, **flags)
-    p = np.exp(np.array(logits) / (temperature or 1.0))
-    counts = np.bincount(agent.act(obs), minlength=3)
-    assert stats.chisquare(counts, 50_000 * p / p.sum()).pvalue > 0.001
-    assert (agent.act(obs, greedy=True) == 1).all()
-
-
 @ALL
-def test_sampled_moments(script):
-    """Gaussian actions have the policy's mean and deviation, independent dimensions: 5 standard errors, fixed seed."""
-    mean, std = [0.5, -1.0, 0.0, 2.0], np.array([0.3, 0.5, 1.0, 2.0])
-    agent, obs = flat_agent(script, TOY + "EchoBox-v0", mean)
-    agent.log_std.data = torch.tensor(np.log(std), dtype=torch.float32)
-    z = (agent.act(obs).detach().numpy() - mean) / std
-    n = len(z)
-    assert (np.abs(z.mean(0)) < 5 / np.sqrt(n)).all()
-    assert (np.abs((z**2).mean(0) - 1) < 5 * np.sqrt(2 / n)).all()
-    assert (np.abs(np.corrcoef(z.T) - np.eye(4)) < 5 / np.sqrt(n)).all()
+def test_sampled_actions(script):
+    """From the softmax of logits / temperature, or a Gaussian of the policy's mean and deviation, its dimensions
+    independent: 50,000 draws, fixed seed. Without hidden layers, and at observation 0, the output is the bias."""
+    n, flags = 50_000, {"temperature": 0.5} if script is reinforce else {}
+    agents = [Run(script, TOY + x, hidden_sizes=(), **flags).agent for x in ("EchoDiscrete-v0", "EchoBox-v0")]
+    out, std = torch.tensor([0.0, 1.0, -0.5, 2.0]), torch.tensor([0.3, 0.5, 1.0, 2.0])
+    agents[0].actor[0].bias.data, agents[1].actor[0].bias.data, agents[1].log_std.data = out[:3], out, std.log()
+    with torch.no_grad():
+        action, z = agents[0].act(torch.zeros(n, 1)), (agents[1].act(torch.zeros(n, 4)) - out) / std
+    p = (out[:3].double() / flags.get("temperature", 1.0)).softmax(0)
+    assert stats.chisquare(action.bincount(), n * p).pvalue > 0.001
+    assert (z.mean(0).abs() < 5 / math.sqrt(n)).all() and ((z**2).mean(0) - 1).abs().max() < 5 * math.sqrt(2 / n)
+    assert (torch.corrcoef(z.T) - torch.eye(4)).abs().max() < 5 / math.sqrt(n)
     assert stats.kstest(z[:, 0], "norm").pvalue > 0.001
-    close(agent.act(obs[:2], greedy=True), [mean, mean])
 
 
 @ALL
@@ -253,21 +229,6 @@ def test_initialisation(script, hidden):
 
 
 # ==== Statistics ====
-
-
-@ACTOR_CRITIC
-def test_running_mean_and_variance(script):
-    """Batches merged one by one equal NumPy over all of them, also when their means differ: a merge that forgets the
-    distance between means, or n - 1."""
-    rng = np.random.default_rng(0)
-    batches = [rng.normal(10 * i, 1 + i, (12 + 3 * i, 2)).astype(np.float32) for i in range(5)]
-    running = script.RunningMeanStd(2)
-    for i, batch in enumerate(batches):
-        running.update(torch.tensor(batch))
-        seen = np.concatenate(batches[: i + 1]).astype(np.float64)
-        close(running.mean, seen.mean(0))
-        close(running.var, seen.var(0))
-        assert running.count == len(seen)
 
 
 @ACTOR_CRITIC
@@ -352,27 +313,6 @@ def test_clipping_by_global_norm(script):
     close(logged, [norm, norm])
 
 
-@BOTH_SPACES
-@pytest.mark.parametrize("norm_obs", [False, True])
-def test_first_ratio_is_one(env_id, norm_obs, spy):
-    """The first minibatch of an update meets the policy that played the batch, out-of-bounds actions included: ratio 1
-    and no KL. Clipped actions or statistics that moved in between would have other probabilities."""
-    losses, kls = spy(ppo, "policy_loss"), spy(ppo, "approx_kl")
-    run = Run(ppo, env_id, norm_obs=norm_obs, num_minibatches=1, update_epochs=3)
-    for i in range(3):
-        batch = run.rollout()
-        with torch.no_grad():
-            played, _ = run.agent.log_prob(torch.tensor(batch.obs), torch.tensor(batch.action))
-        run.update(batch)
-        (logp, logp_old, _, clip_coef), _ = losses[3 * i]
-        close(logp_old.sort().values, played.flatten().sort().values)
-        close(logp, logp_old)
-        assert clip_coef == run.args.clip_coef
-        assert 0 <= kls[3 * i][1] < 1e-9  # half the square of what rounding leaves
-        assert kls[3 * i + 2][1] > 1e-6  # and the third has moved
-    assert env_id == "CartPole-v1" or (np.abs(batch.action) > 1).any()
-
-
 @ACTOR_CRITIC
 def test_minibatches(script, spy):
     """Each step of the batch once per epoch, in a new random order, and what belongs to a step stays with it."""
@@ -417,16 +357,27 @@ def test_target_kl_looks_at_the_mean_of_an_epoch(kls, steps, monkeypatch):
 
 
 @BOTH_SPACES
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_first_ppo_gradient_is_the_vpg_gradient(env_id, norm_adv):
-    """One epoch of one minibatch, where the ratio is 1: clipping takes nothing away."""
-    flags = {"gamma": 0.97, "gae_lambda": 0.9, "vf_coef": 0.4, "ent_coef": 0.01, "norm_adv": norm_adv}
-    grads = []
+@pytest.mark.parametrize("norm", [False, True])
+def test_first_ppo_gradient_is_the_vpg_gradient(env_id, norm, spy):
+    """The first minibatch of an update meets the policy that played the batch, out-of-bounds actions included: ratio 1,
+    no KL, and clipping takes nothing away. Clipped actions, or statistics that moved in between, would have other
+    probabilities."""
+    flags = {"gamma": 0.97, "gae_lambda": 0.9, "vf_coef": 0.4, "ent_coef": 0.01, "norm_adv": norm, "norm_obs": norm}
+    calls, grads = spy(ppo, "policy_loss"), []
     for script in (vpg_advantage, ppo):
         run = Run(script, env_id, max_grad_norm=1e9, **one_step(script), **flags)
-        (grad,), _ = run.gradients(run.rollout())
+        batch = run.rollout()
+        with torch.no_grad():
+            played, _ = run.agent.log_prob(torch.tensor(batch.obs), torch.tensor(batch.action))
+        (grad,), metrics = run.gradients(batch)
         grads.append(grad / grad.norm())
     assert torch.allclose(*grads, rtol=0, atol=1e-7)
+    (logp, logp_old, _, clip_coef), _ = calls[0]
+    close(logp_old.sort().values, played.flatten().sort().values)
+    close(logp, logp_old)
+    assert clip_coef == run.args.clip_coef
+    assert 0 <= metrics["approx_kl"] < 1e-9  # half the square of what rounding leaves
+    assert env_id == "CartPole-v1" or (np.abs(batch.action) > 1).any()
 
 
 @ACTOR_CRITIC
@@ -495,12 +446,6 @@ def test_reinforce_loss_and_metrics(norm_return, spy):
 # ==== Training ====
 
 
-def scalars(run_dir, tag):
-    """[(step, value), ...] of a TensorBoard tag."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
 @ALL
 @pytest.mark.parametrize("anneal_lr", [True, False])
 def test_learning_rate_and_optimizer(script, anneal_lr, monkeypatch):
@@ -521,21 +466,21 @@ def test_learning_rate_and_optimizer(script, anneal_lr, monkeypatch):
     rates, ends = [0.01, 0.008, 0.006, 0.004, 0.002] if anneal_lr else [0.01] * 5, np.arange(12, 61, 12)
     close([lr for lr, *_ in used], rates)
     assert all(rest == [1e-5, (0.9, 0.999), 0] for _, *rest in used)
-    steps, logged = zip(*scalars(result.run_dir, "charts/learning_rate"))
+    log = scalars(result.run_dir)
+    steps, logged = zip(*log["charts/learning_rate"])
     assert np.array_equal(steps, ends)
     close(logged, rates)
     assert np.array_equal(result.episode_steps, np.repeat(ends, 3))
     assert ((result.episode_returns - 10) % 400 == 0).all()  # 4 steps of episode e earn 400 e + 10
-    logged = scalars(result.run_dir, "charts/episodic_return")
-    assert logged == list(zip(result.episode_steps, result.episode_returns))
-    assert scalars(result.run_dir, "charts/episodic_length") == [(step, 4.0) for step in result.episode_steps]
+    assert log["charts/episodic_return"] == list(zip(result.episode_steps, result.episode_returns))
+    assert log["charts/episodic_length"] == [(step, 4.0) for step in result.episode_steps]
 
 
 def test_reinforce_counts_only_unmasked_steps():
     """--total-timesteps ends with the first update that reaches it, and there is at least one."""
     flags = {"env_id": TOY + "Ledger-v0", "num_envs": 7, "eval_episodes": 0}
     result = reinforce.train(reinforce.Args(total_timesteps=100, **flags))
-    lengths = np.array([length for _, length in scalars(result.run_dir, "charts/episodic_length")])
+    lengths = np.array([length for _, length in scalars(result.run_dir)["charts/episodic_length"]])
     assert result.episode_steps[-1] == lengths.sum() >= 100 > lengths[:-7].sum()
     assert len(reinforce.train(reinforce.Args(total_timesteps=1, **flags)).episode_returns) == 7
 
@@ -543,67 +488,32 @@ def test_reinforce_counts_only_unmasked_steps():
 # ==== The estimator ====
 
 
-LOGITS = np.array([[0.3, -0.4], [-0.2, 0.5]])  # [state, action]
-
-
-def softmax(logits):
-    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-
-
-def all_episodes():
-    """Every (states, actions, rewards, probability without the policy's part) of the tabular environment."""
-
-    def extend(states, actions, rewards, p):
-        for action in range(2):
-            acted = [*actions, action], [*rewards, Tabular.reward[states[-1], action]]
-            for following, q in enumerate(Tabular.transition[states[-1], action]):
-                if following == 2 or len(states) == Tabular.horizon:
-                    yield states, *acted, p * q
-                else:
-                    yield from extend([*states, following], *acted, p * q)
-
-    return [episode for state in range(2) for episode in extend([state], [], [], Tabular.start[state])]
-
-
-EPISODES = all_episodes()
-
-
-def probabilities(logits):
-    pi = softmax(logits)
-    return np.array([p * pi[states, actions].prod() for states, actions, _, p in EPISODES])
-
-
-def true_gradient():
-    """sum over episodes of p R sum_t grad log pi(a_t|s_t): the whole return for each step, no reward to go."""
-    gradient = np.zeros((2, 2))
-    for (states, actions, rewards, _), p in zip(EPISODES, probabilities(LOGITS)):
-        for state, action in zip(states, actions):
-            gradient[state] += p * sum(rewards) * (np.eye(2)[action] - softmax(LOGITS)[state])
-    return gradient
-
-
-def padded(rows):
-    """[3, episodes]."""
-    return torch.tensor([[*row, 0, 0][:3] for row in rows], dtype=torch.float64).T
-
-
-STATE, ACTION, REWARD = (padded([episode[i] for episode in EPISODES]) for i in range(3))
-MASK = padded([[1] * len(states) for states, *_ in EPISODES])
-DONE = MASK - torch.cat([MASK[1:], torch.zeros(1, len(EPISODES))])
-BASELINE = torch.tensor([[1.5, -0.7], [0.4, 2.0], [-1.0, 0.3]])  # [t, state], nothing like the value
-
-
 @pytest.mark.parametrize("baseline", [False, True])
 def test_expected_gradient_is_the_true_one(baseline):
-    """Every episode once, weighted by its probability, is the exact mean of the estimate; a baseline that depends on
-    the state does not move it."""
-    theta, weight = torch.tensor(LOGITS, requires_grad=True), torch.tensor(probabilities(LOGITS)) * len(EPISODES)
-    logp = theta.log_softmax(-1)[STATE.long(), ACTION.long()]
-    ret = reinforce.discounted_returns(REWARD, DONE, 1.0)
+    """Two states, two actions, three steps, and an end before that where action 1 is taken in state 1. Every sequence
+    once, weighted by its probability, is the exact mean of the estimate; a baseline that depends on time and state does
+    not move it. What would follow an end is enumerated, too, with rewards that must not count."""
+    generator = torch.Generator().manual_seed(0)
+    start, transition, rewards, theta, values = (
+        torch.rand(shape, generator=generator, dtype=torch.float64)
+        for shape in [(2,), (2, 2, 2), (2, 2), (2, 2), (3, 2)]  # by [time,] state [, action [, next state]]
+    )
+    start, transition = start / start.sum(), transition / transition.sum(-1, keepdim=True)
+    columns = torch.cartesian_prod(*[torch.arange(2)] * 6).T  # s0, a0, s1, a1, s2, a2
+    state, action, theta = columns[::2], columns[1::2], theta.requires_grad_()
+    logp, reward = theta.log_softmax(-1)[state, action], rewards[state, action]
+    end = state * action
+    end[2] = 1
+    mask = end.cumsum(0) - end == 0
+    p = start[state[0]] * transition[state[:-1], action[:-1], state[1:]].prod(0) * logp.exp().prod(0)
+    (true_gradient,) = torch.autograd.grad((p * (mask * reward).sum(0)).sum(), theta, retain_graph=True)
+
+    weight = 64 * p.detach()
+    ret = reinforce.discounted_returns(reward, end * mask, 1.0)
     if baseline:
-        real, adv = MASK == 1, (ret - BASELINE.gather(1, STATE.long())) * weight
-        # the mean over steps, turned into the sum over each episode
-        loss = vpg_advantage.policy_loss(logp[real], adv[real]) * real.sum() / len(EPISODES)
+        adv = (ret - values[torch.arange(3)[:, None], state]) * weight
+        # the mean over steps, turned into the sum over each sequence
+        loss = vpg_advantage.policy_loss(logp[mask], adv[mask]) * mask.sum() / 64
     else:
-        loss = reinforce.policy_loss(logp, ret * weight, MASK)
-    close(-torch.autograd.grad(loss, theta)[0].numpy(), true_gradient(), 1e-12)
+        loss = reinforce.policy_loss(logp, ret * weight, mask)
+    close(-torch.autograd.grad(loss, theta)[0], true_gradient, 1e-12)

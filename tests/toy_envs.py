@@ -56,30 +56,6 @@ class Echo(gym.Env):
         return np.atleast_1d(action).astype(np.float32), 1.0, self.now == 5, False, {}
 
 
-class Tabular(gym.Env):
-    """Two states, two actions, at most three steps: small enough to enumerate."""
-
-    start = np.array([0.6, 0.4])
-    #                  state 0: action 0, 1; state 1: action 0, 1
-    transition = np.array([[[0.5, 0.3, 0.2], [0.1, 0.4, 0.5]], [[0.3, 0.6, 0.1], [0.2, 0.2, 0.6]]])  # last: the end
-    reward = np.array([[1.0, -0.5], [2.0, 0.5]])
-    horizon = 3
-
-    observation_space = Discrete(2)
-    action_space = Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.state = int(self.np_random.choice(2, p=self.start))
-        return self.state, {}
-
-    def step(self, action):
-        reward = self.reward[self.state, action]
-        following = int(self.np_random.choice(3, p=self.transition[self.state, action]))
-        self.state = following % 2
-        return self.state, reward, following == 2, False, {}
-
-
 class Probe(gym.Env):
     """Observations -1, 0 or 1; the reward of a step is `reward_fn(obs, action)`, so V and the best policy are known."""
 
@@ -126,17 +102,9 @@ class Toy(gym.Env):
         return self.observation_space.sample(), reward, self.now == 20, False, {}
 
 
-def floats(low, high) -> Box:
-    return Box(np.array(low, np.float32), np.array(high, np.float32))
-
-
 BOUNDS = np.array([[-2, 0, -np.inf, -1], [3, 1, np.inf, np.inf]], np.float32)  # two-, two-, un- and half-bounded
 PROBES = {
-    "OneStep-v0": {"reward_fn": lambda obs, action: 1},
-    "ObsReward-v0": {"reward_fn": lambda obs, action: obs, "starts": (-1.0, 1.0)},
     "LaterReward-v0": {"reward_fn": lambda obs, action: obs == 1, "length": 2},
-    "ActionReward-v0": {"reward_fn": lambda obs, action: action},
-    "ActionRewardContinuous-v0": {"reward_fn": lambda obs, action: -((action - 0.5) ** 2), "continuous": True},
     "MatchObs-v0": {"reward_fn": lambda obs, action: action == (obs > 0), "starts": (-1.0, 1.0)},
     "MatchObsContinuous-v0": {
         "reward_fn": lambda obs, action: -((action - obs / 2) ** 2),
@@ -149,9 +117,9 @@ PROBES = {
 TOYS = {
     "DictObs-v0": {"observation_space": Dict(a=Discrete(3), b=Box(-1, 1, (2, 2), np.float32))},
     "TupleObs-v0": {"observation_space": Tuple((Discrete(2), Box(-1, 1, (3,), np.float64)))},
-    "UnequalBox-v0": {"action_space": floats([-2, 0], [1, 10])},
-    "UnboundedBox-v0": {"action_space": floats([-np.inf], [np.inf])},
-    "HalfBoundedBox-v0": {"action_space": floats([0], [np.inf])},
+    "UnequalBox-v0": {"action_space": Box(np.float32([-2, 0]), np.float32([1, 10]))},
+    "UnboundedBox-v0": {"action_space": Box(-np.inf, np.inf, (1,), np.float32)},
+    "HalfBoundedBox-v0": {"action_space": Box(0, np.inf, (1,), np.float32)},
     "DiscreteStart-v0": {"action_space": Discrete(3, start=3)},
     "MultiDiscreteAction-v0": {"action_space": MultiDiscrete([2, 3])},
     "NanReward-v0": {},
@@ -165,4 +133,3 @@ gym.register("Ledger-v0", Ledger, max_episode_steps=5)
 gym.register("Fixed-v0", Ledger, max_episode_steps=10, kwargs={"length": 4})
 gym.register("EchoBox-v0", Echo, max_episode_steps=5, kwargs={"action_space": Box(*BOUNDS)})
 gym.register("EchoDiscrete-v0", Echo, max_episode_steps=5, kwargs={"action_space": Discrete(3, start=5)})
-gym.register("Tabular-v0", Tabular, max_episode_steps=Tabular.horizon)
