@@ -276,7 +276,7 @@ module.train(make_args("{script}", total_timesteps=2176))  # 17 iterations, whic
 """
 
 
-@ppo_first
+@one_of_each
 @pytest.mark.parametrize("moment", ["training", "writing"])
 def test_kill(script, moment):
     """`kill -9` in the fourth iteration, or with half of the second checkpoint written: the first is whole, and from it
