@@ -111,11 +111,14 @@ def test_runs_on(script, env_id):
 
 @each_script
 def test_time_limits(script):
-    """One where there is none, or in place of the environment's; without any, the evaluation ends all the same."""
+    """One where there is none, or in place of another; without any the evaluation still ends, and REINFORCE refuses."""
     assert set(run(script, env_id=toy("NoTimeLimit"), max_episode_steps=7).episode_returns) == {7}
     assert set(run(script, env_id="Pendulum-v1", max_episode_steps=30).episode_steps % 120) == {0}
     if algorithm(script) != "reinforce":
         assert set(run(script, env_id=toy("NoTimeLimit")).eval_returns) == {20}
+    else:
+        with pytest.raises(ValueError, match="--max-episode-steps"):
+            run(script, env_id=toy("NoTimeLimit"), max_episode_steps=None)
 
 
 # ==== What a run leaves ====
@@ -339,11 +342,6 @@ def test_wrong_space(script):
     with pytest.raises(ValueError, match=r"--env-id.*MultiDiscrete"):
         run(script, env_id=toy("MultiDiscreteAction"))
     assert not Path("runs").exists()
-
-
-def test_reinforce_needs_a_time_limit():
-    with pytest.raises(ValueError, match="--max-episode-steps"):
-        run("reinforce", env_id=toy("NoTimeLimit"), max_episode_steps=None)
 
 
 # ==== Alone ====

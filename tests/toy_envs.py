@@ -61,7 +61,7 @@ class Probe(gym.Env):
 
     observation_space = Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, reward_fn, starts=(0.0,), length=1, continuous=False):
+    def __init__(self, reward_fn, starts=(-1.0, 1.0), length=1, continuous=False):
         # unbounded, for at a bound the reward would be flat
         self.action_space = Box(-np.inf, np.inf, (1,), np.float32) if continuous else Discrete(2)
         self.reward_fn, self.starts, self.length = reward_fn, starts, length
@@ -104,15 +104,11 @@ class Toy(gym.Env):
 
 BOUNDS = np.array([[-2, 0, -np.inf, -1], [3, 1, np.inf, np.inf]], np.float32)  # two-, two-, un- and half-bounded
 PROBES = {
-    "LaterReward-v0": {"reward_fn": lambda obs, action: obs == 1, "length": 2},
-    "MatchObs-v0": {"reward_fn": lambda obs, action: action == (obs > 0), "starts": (-1.0, 1.0)},
-    "MatchObsContinuous-v0": {
-        "reward_fn": lambda obs, action: -((action - obs / 2) ** 2),
-        "starts": (-1.0, 1.0),
-        "continuous": True,
-    },
+    "LaterReward-v0": {"reward_fn": lambda obs, action: obs == 1, "starts": (0.0,), "length": 2},
+    "MatchObs-v0": {"reward_fn": lambda obs, action: action == (obs > 0)},
+    "MatchObsContinuous-v0": {"reward_fn": lambda obs, action: -((action - obs / 2) ** 2), "continuous": True},
     # Reward 1 and the same observation until a time limit: V = 1 / (1 - gamma), if the limit counts as no end.
-    "Forever-v0": {"reward_fn": lambda obs, action: 1, "length": 0},
+    "Forever-v0": {"reward_fn": lambda obs, action: 1, "starts": (0.0,), "length": 0},
 }
 TOYS = {
     "DictObs-v0": {"observation_space": Dict(a=Discrete(3), b=Box(-1, 1, (2, 2), np.float32))},
