@@ -41,7 +41,7 @@ def curves(axis: plt.Axes, chosen: list[Experiment], results: Path, share_above:
             axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     what = "return, last 100 episodes" if share_above is None else f"share of agents at {share_above:g} or more"
     axis.set(xlabel="environment steps", ylabel=what)
-    axis.legend(title="script (seeds)", fontsize="small", loc="lower right")
+    axis.legend(title="script (seeds)", fontsize="small")
 
 
 def moving_average(axis: plt.Axes, chosen: list[Experiment], results: Path, window: int = 10) -> None:
