@@ -93,6 +93,7 @@ def main(args: Args) -> None:
             (moving_average if args.kind == "moving-average" else distance)(axis, chosen, results)
         axis.set_title(f"{flag(chosen[0], '--env-id').rpartition(':')[2]}\n{source}")
         axis.grid(alpha=0.3)
+        axis.locator_params("x", nbins=6)
     figure.savefig(args.out, dpi=120)
 
 
