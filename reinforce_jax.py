@@ -295,8 +295,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
         if not mask.any():
             break
     rows += [Batch(*map(np.zeros_like, rows[0]))] * (num_steps - len(rows))  # one shape, so that one program serves
-    columns = (np.stack(column).astype(np.float32) for column in zip(*rows))
-    batch = Batch(*(x.reshape(num_steps, *shape, *x.shape[2:]).swapaxes(0, 1) for x in columns))
+    batch = Batch(*(np.array(np.split(np.stack(column), shape[0], 1), np.float32) for column in zip(*rows)))
     return state._replace(key=key), batch
 
 
@@ -304,7 +303,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
 optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
 
 
-def loss_fn(params: dict, minibatch: tuple[Array, ...], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
+def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
     """Loss of a batch, and what to log."""
     obs, action, ret, mask = minibatch
     agent = agent.bind({"params": params})
@@ -321,7 +320,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     if args.norm_return:
         ret = (ret - ret.mean(where=mask > 0)) / (ret.std(where=mask > 0) + 1e-8)
     lr = args.learning_rate * (jnp.maximum(0, 1 - state.step / args.total_timesteps) if args.anneal_lr else 1)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, (obs, action, ret, mask), agent, args)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, [obs, action, ret, mask], agent, args)
     norm = optax.tree.norm(grads)
     grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
     direction, opt_state = optimizer.update(grads, state.opt_state)

@@ -162,7 +162,7 @@ class GymnaxEnv:
         self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(self.env.action_space(self.params))
         self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
 
-    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]; computed at every step, so keep it cheap
+    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
         obs, state = self.env.reset_env(key, self.params)
         return state, obs.ravel()
 
@@ -354,7 +354,7 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
         env_state, next_obs, reward, terminated, truncated = jax.vmap(env.step)(step_keys, state.env_state, env_action)
         done, episode = terminated | truncated, state.episode + jnp.stack([reward, jnp.ones_like(reward)], -1)
         row = Batch(state.obs, action, reward, next_obs, terminated, done, episode)
-        # where an episode ended, the next one begins
+        # where an episode ended, the next one begins; `reset` runs at every step and should be cheap
         fresh = *jax.vmap(env.reset)(jax.random.split(reset_key, len(done))), jnp.zeros_like(episode)
         env_state, obs, episode = jax.vmap(optax.tree.where)(done, fresh, (env_state, next_obs, episode))
         return state._replace(key=key, env_state=env_state, obs=obs, episode=episode), row

@@ -281,7 +281,8 @@ def test_speed_report(monkeypatch, tmp_path):
     speed.report(TOOLS / "results", ["ppo.py / CleanRL"], Path("README.md"))
     lines = Path("README.md").read_text().splitlines()
     assert lines[5].startswith("| ppo.py / CleanRL | 1 | 14,520 steps/s | 6,772 steps/s | 2.14 [") and len(lines) == 9
-    assert "python" in Path("SPEED.md").read_text() and Path("speed.png").exists()
+    row = run.read(TOOLS / "results/defaults.csv")[0]
+    assert f"| {row['command']} | {row['start']} |" in Path("SPEED.md").read_text() and Path("speed.png").exists()
 
 
 @pytest.mark.slow
