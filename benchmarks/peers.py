@@ -1,7 +1,6 @@
 """The programs of others that speed.py measures, as comparisons.toml calls them. Like `ours` there, each trains in this
 process and returns its marks: (time, environment steps done) at the ends of updates."""
 
-import builtins
 import importlib
 import math
 import runpy
@@ -12,7 +11,6 @@ import types
 
 import gymnasium as gym
 import numpy as np
-from tqdm import tqdm
 
 SB3 = {  # settings of stable-baselines3: CleanRL's for PPO, ours for A2C, rl-zoo's for PPO on CartPole-v1
     "cleanrl": {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01},
@@ -28,33 +26,31 @@ PUREJAXRL_OF = {  # the rest of its settings
 }
 
 
-def cleanrl(script: str, batch_size: int, flags: str) -> list:
-    """A script of CleanRL, which prints a line after each update, or of LeanRL, whose progress bar counts updates."""
-    marks, show, transform = [], builtins.print, gym.wrappers.TransformObservation
+def cleanrl(script: str, flags: str, seed: int) -> list:
+    """A script of CleanRL, which logs its speed after each update, or of LeanRL, which logs after every tenth."""
+    from torch.utils import tensorboard
 
-    class Recorder(tqdm):
-        def __iter__(self):
-            for iteration in super().__iter__():
-                yield iteration
-                if iteration > 3:  # it warms up until then
-                    sys.modules["torch"].cuda.synchronize()
-                    marks.append((time.time(), batch_size * iteration))
+    marks, transform = [], gym.wrappers.TransformObservation
 
-    def record(*args, **kwargs):
-        if args[0] == "SPS:":
-            marks.append((time.time(), batch_size * (len(marks) + 1)))
+    def log(values, step):
+        marks.append((time.time(), step))
 
-    sys.modules["tqdm"].tqdm, builtins.print = Recorder, record
-    sys.modules["wandb"] = types.SimpleNamespace(init=lambda **_: None, log=lambda *_, **__: None)
+    class Recorder(tensorboard.SummaryWriter):
+        def add_scalar(self, tag, value, step):
+            super().add_scalar(tag, value, step)
+            if tag == "charts/SPS":
+                log(value, step)
+
+    tensorboard.SummaryWriter = Recorder
+    sys.modules["wandb"] = types.SimpleNamespace(init=lambda **_: None, log=log)
     # they were written for Gymnasium before 1.0, where this did not ask for a space
     gym.wrappers.TransformObservation = lambda env, function: transform(env, function, env.observation_space)
-    sys.argv = [script, *shlex.split(flags)]
+    sys.argv = [script, *shlex.split(flags), "--seed", str(seed)]
     runpy.run_path(script, run_name="__main__")
-    builtins.print = show
     return marks
 
 
-def sb3(model: str, settings: str, steps: int, num_envs: int = 4, target: float = math.inf, seed: int = 0) -> list:
+def sb3(model: str, settings: str, steps: int, seed: int, num_envs: int = 4, target: float = math.inf) -> list:
     """A model of stable-baselines3, or of sbx, which has its interface, until 100 episodes average the target."""
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -69,16 +65,13 @@ def sb3(model: str, settings: str, steps: int, num_envs: int = 4, target: float 
             episodes = [episode["r"] for episode in self.model.ep_info_buffer]
             return len(episodes) < 100 or np.mean(episodes) < target
 
-    device = {"device": "cpu"} if library == "stable_baselines3" else {}
     envs = make_vec_env("CartPole-v1", num_envs, seed=seed)
-    agent = getattr(importlib.import_module(library), name)("MlpPolicy", envs, seed=seed, **SB3[settings], **device)
+    agent = getattr(importlib.import_module(library), name)("MlpPolicy", envs, seed=seed, device="cpu", **SB3[settings])
     agent.learn(steps, callback=Recorder())
-    if target < math.inf and agent.num_timesteps >= steps:
-        sys.exit(f"the return of {target} was not reached")
     return [*marks[1:], (time.time(), agent.num_timesteps)]
 
 
-def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1, env_id: str = "CartPole-v1") -> list:
+def purejaxrl(path: str, steps: int, num_envs: int, seed: int, num_seeds: int = 1, env_id: str = "CartPole-v1") -> list:
     """PureJaxRL's ppo.py: one program from the first to the last step, compiled first. What it asks of its wrappers is
     served by gymnax's own, for its copies stop at an older gymnax."""
     import gymnax.wrappers
@@ -97,7 +90,7 @@ def purejaxrl(path: str, steps: int, num_envs: int, num_seeds: int = 1, env_id: 
     make_train = runpy.run_path(f"{path}/purejaxrl/ppo.py")["make_train"]
     settings = PUREJAXRL | PUREJAXRL_OF[env_id] | {"ENV_NAME": env_id, "NUM_ENVS": num_envs, "TOTAL_TIMESTEPS": steps}
     train = make_train(settings)
-    keys = jax.random.split(jax.random.PRNGKey(30), num_seeds)
+    keys = jax.random.split(jax.random.PRNGKey(seed), num_seeds)
     train, keys = (jax.jit(jax.vmap(train)), keys) if num_seeds > 1 else (jax.jit(train), keys[0])
     program = train.lower(keys).compile()
     start = time.time()

@@ -3,8 +3,7 @@
     python benchmarks/run.py                  # whatever is not finished, a run per core at a time
     python benchmarks/run.py pendulum --ray   # with this word in its name; on the cluster that `ray start` has made
 
-A run is a call of its script's `train`, from the flags of the command line, in a process of its own: JAX and PyTorch
-are set up once per process. It leaves an ordinary run folder under runs/, on a cluster in Ray's own. Condensed:
+A run is a process of its own and leaves an ordinary run folder under runs/, on a cluster in Ray's own. Condensed:
 
     results/NAME.csv           a row per seed: results, command, and the mean of the last 100 training returns at the
                                step that heads the column. A seed whose row has the present command is finished
@@ -29,14 +28,14 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -85,52 +84,40 @@ class Experiment:
         return f"python {self.script}.py {self.flags} --seed {seed}"
 
 
-class Outcome(NamedTuple):
-    """What comes of a run."""
-
-    experiment: Experiment
-    seed: int  # the first one, if the run has several
-    rows: list[dict]  # of NAME.csv
-    kept: list[np.ndarray]  # what `keep` asks for, of each seed
-    error: str = ""
-
-
-def experiments(path: Path, words: Iterable[str] = ()) -> list[Experiment]:
-    """Those of the file whose names hold one of the words, or all."""
+def experiments(folder: Path, words: Iterable[str] = ()) -> list[Experiment]:
+    """Those of the folder's experiments.toml whose names hold one of the words, or all."""
     every = []
-    for table, entry in tomllib.loads(path.read_text()).items():
+    for table, entry in tomllib.loads((folder / "experiments.toml").read_text()).items():
         every += [Experiment(table, script, **entry) for script in entry.pop("scripts")]
     return [e for e in every if not words or any(word in e.name for word in words)]
 
 
 # ==== CSV files ====
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows, none if there is no file."""
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def write(path: Path, rows: list[dict]) -> None:
     """Whole or not at all."""
     with path.with_suffix(".partial").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     path.with_suffix(".partial").replace(path)
 
 
-def finished(experiment: Experiment, out: Path) -> list[dict[str, str]]:
+def finished(e: Experiment, folder: Path) -> list[dict[str, str]]:
     """The rows that the present command made."""
-    rows = read(out / f"{experiment.name}.csv")
-    return [row for row in rows if row["command"] == experiment.command(int(row["seed"]))]
+    rows = read(folder / f"results/{e.name}.csv")
+    return [row for row in rows if row["command"] == e.command(int(row["seed"]))]
 
 
-def store(outcome: Outcome, out: Path) -> None:
+def store(e: Experiment, rows: list[dict], kept: np.ndarray, folder: Path) -> None:
     """Add a run to its experiment's files; rows of other commands go."""
-    e = outcome.experiment
-    if outcome.kept and outcome.seed == FIRST_SEED:
-        np.savetxt(out / f"{e.name}.{e.keep}.csv", outcome.kept[0], "%.6g", ",")
-    rows = finished(e, out) + outcome.rows  # written last: they say that the run is finished
-    write(out / f"{e.name}.csv", sorted(rows, key=lambda row: int(row["seed"])))
+    if e.keep and rows[0]["seed"] == FIRST_SEED:
+        np.savetxt(folder / f"results/{e.name}.{e.keep}.csv", kept, "%.6g", ",")
+    rows = finished(e, folder) + rows  # written last: they say that the run is finished
+    write(folder / f"results/{e.name}.csv", sorted(rows, key=lambda row: int(row["seed"])))
 
 
 # ==== A run ====
@@ -148,8 +135,7 @@ def curve(returns: np.ndarray, steps: np.ndarray, last_step: int) -> dict[str, s
 
 
 def summary(returns: np.ndarray, steps: np.ndarray, evaluation: np.ndarray, threshold: float | None) -> dict:
-    """The training of one agent: `steps` until its last episode finished; the step at which the rolling mean first
-    `reached` the threshold, and the `lowest_after` that."""
+    """The training of one agent; at which step it `reached` the threshold, and the `lowest_after` that, as means."""
     means = rolling(returns)
     row = {"steps": int(steps.max(initial=0)), "episodes": len(returns), "return": f"{means[-1]:.6g}"}
     row |= {"reached": "", "lowest_after": "", "eval_mean": "", "eval_std": ""}
@@ -167,44 +153,34 @@ def play(module: Any, agent: Any, args: Any) -> np.ndarray:
     rewards = []
 
     def record(reward: float) -> float:
-        rewards.append(reward + 0.0)  # not -0
+        rewards.append(reward)
         return reward
 
     module.evaluate(agent, gym.wrappers.TransformReward(module.make_env(args), record), args)
-    return np.reshape(rewards, (args.eval_episodes, -1))
+    return np.reshape(rewards, (args.eval_episodes, -1)) + 0.0  # not -0
 
 
-def run(e: Experiment, seed: int) -> Outcome:
-    """Train in this process."""
+def run(e: Experiment, seed: int) -> tuple[list[dict], np.ndarray]:
+    """Train in this process. Returns a row of NAME.csv per agent, and what `keep` asks for of the first one."""
     module = importlib.import_module(e.script)
     args = tyro.cli(module.Args, args=shlex.split(e.command(seed))[2:])
     start = time.perf_counter()
     with redirect_stdout(io.StringIO()):
         result = module.train(args)
-    seconds = time.perf_counter() - start
+    seconds = f"{time.perf_counter() - start:.1f}"
     last_step = args.total_timesteps - args.total_timesteps % getattr(args, "batch_size", 1)
     agents = [(result.episode_returns, result.episode_steps, result.eval_returns)]
     if e.seeds_per_process > 1:
-        agents = zip(*agents[0])
-    outcome = Outcome(e, seed, [], [])
+        agents = list(zip(*agents[0]))
+    kept = np.column_stack([agents[0][1], agents[0][0]])
+    rows = []
     for i, (returns, steps, evaluation) in enumerate(agents):
-        row = {"seed": seed + i, "seconds": f"{seconds:.1f}"} | summary(returns, steps, evaluation, e.threshold)
+        row = {"seed": seed + i, "seconds": seconds} | summary(returns, steps, evaluation, e.threshold)
         if e.keep == "play":
-            outcome.kept.append(play(module, result.agent, args))
-            last = outcome.kept[-1][:, -1]
-            row |= {"last_reward": f"{last.mean():.6g}", "success": f"{np.mean(last == 0):.6g}"}
-        if e.keep == "episodes":
-            outcome.kept.append(np.column_stack([steps, returns]))
-        outcome.rows.append(row | {"command": e.command(seed)} | curve(returns, steps, last_step))
-    return outcome
-
-
-def attempt(e: Experiment, seed: int) -> Outcome:
-    """`run`; one that fails stops no other."""
-    try:
-        return run(e, seed)
-    except (Exception, SystemExit) as error:
-        return Outcome(e, seed, [], [], f"{type(error).__name__}: {error}")
+            kept = play(module, result.agent, args)
+            row |= {"last_reward": f"{kept[:, -1].mean():.6g}", "success": f"{np.mean(kept[:, -1] == 0):.6g}"}
+        rows.append(row | {"command": e.command(seed)} | curve(returns, steps, last_step))
+    return rows, kept
 
 
 # ==== Many runs ====
@@ -214,42 +190,34 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def apart(e: Experiment, seed: int) -> Outcome:
-    """`attempt` in a new process, and in another one if that is killed."""
+def in_process(e: Experiment, seed: int) -> tuple[list[dict], np.ndarray]:
+    """`run` in a new process of this machine, and in another one if that is killed."""
     spawn = multiprocessing.get_context("spawn")
     for _ in range(ATTEMPTS):
         with ProcessPoolExecutor(1, spawn, end_with_parent) as process, suppress(BrokenProcessPool):
-            return process.submit(attempt, e, seed).result()
-    return Outcome(e, seed, [], [], f"killed {ATTEMPTS} times")
+            return process.submit(run, e, seed).result()
+    raise RuntimeError(f"killed {ATTEMPTS} times")
 
 
-def here(tasks: list[tuple[Experiment, int]], jobs: int) -> Iterator[Outcome]:
-    """On this machine: threads, each of which waits for a process."""
-    from joblib import Parallel, delayed
-
-    return Parallel(jobs, backend="threading", return_as="generator_unordered")(delayed(apart)(*task) for task in tasks)
-
-
-def on_ray(tasks: list[tuple[Experiment, int]]) -> Iterator[Outcome]:
-    """On a Ray cluster, which gets a copy of the scripts. Ray itself starts a run again whose process or machine is
-    gone; joblib's backend for Ray does not."""
+def connect_ray() -> Callable:
+    """Returns `run` on the cluster. Ray, unlike joblib's backend for it, starts again a run whose machine is gone."""
     import ray
 
     settings = {"working_dir": str(HERE.parent), "excludes": [".git", "runs"], "env_vars": {"TQDM_DISABLE": "1"}}
     ray.init("auto", runtime_env=settings, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=ATTEMPTS - 1)(attempt)
-    futures = {remote.remote(*task): task for task in tasks}
-    while futures:
-        (future,), _ = ray.wait(list(futures))
-        task = futures.pop(future)
-        try:
-            yield ray.get(future)
-        except ray.exceptions.RayError as error:  # killed too often
-            yield Outcome(*task, [], [], f"{type(error).__name__}: {error}")
+    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=ATTEMPTS - 1)(run)
+    return lambda e, seed: ray.get(remote.remote(e, seed))
+
+
+def attempt(runner: Callable, e: Experiment, seed: int) -> tuple[Experiment, int, Any]:
+    """What the run returns or, so that one that fails stops no other, its error."""
+    try:
+        return e, seed, runner(e, seed)
+    except (Exception, SystemExit) as error:
+        return e, seed, error
 
 
 def processor() -> str:
-    """What the operating system calls it."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return " ".join(re.sub(r"\((R|TM)\)|Processor", "", names[0] if names else platform.machine()).split())
@@ -268,29 +236,31 @@ class Args:
     """Run what is not finished of the experiments."""
 
     words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # only those with one of them in their names
-    table: Path = HERE / "experiments.toml"  # the experiments
-    out: Path = HERE / "results"  # folder of the condensed results
+    folder: Path = HERE  # of experiments.toml and results/
     jobs: int = os.cpu_count() or 1  # runs at a time, on this machine
     ray: bool = False  # run on a Ray cluster, not on this machine alone
 
 
 def main(args: Args) -> int:
+    from joblib import Parallel, delayed  # here, for table.py and plot.py do without
+
     os.environ["TQDM_DISABLE"] = "1"  # the runs' bars; tqdm read it on import, so not this one's
-    args.out.mkdir(parents=True, exist_ok=True)
-    tasks, failed, chosen = [], 0, experiments(args.table, args.words)
-    if not chosen:
-        sys.exit(f"error: no name of an experiment in {args.table} has one of the words {' '.join(args.words)}")
-    for e in chosen:
-        done = {int(row["seed"]) for row in finished(e, args.out)}
+    (args.folder / "results").mkdir(exist_ok=True)
+    tasks, failed = [], 0
+    for e in experiments(args.folder, args.words):
+        done = {int(row["seed"]) for row in finished(e, args.folder)}
         seeds = range(FIRST_SEED, FIRST_SEED + e.seeds, e.seeds_per_process)
         tasks += [(e, seed) for seed in seeds if seed not in done]
-    for outcome in tqdm(on_ray(tasks) if args.ray else here(tasks, args.jobs), total=len(tasks), unit="run"):
-        if outcome.error:
+    runner, jobs = (connect_ray(), len(tasks) + 1) if args.ray else (in_process, args.jobs)
+    parallel = Parallel(jobs, backend="threading", return_as="generator_unordered")  # a thread only waits for its run
+    outcomes = parallel(delayed(attempt)(runner, *task) for task in tasks)
+    for e, seed, outcome in tqdm(outcomes, total=len(tasks), unit="run"):
+        if isinstance(outcome, BaseException):
             failed += 1
-            tqdm.write(f"{outcome.experiment.name}, seed {outcome.seed}: {outcome.error}", file=sys.stderr)
+            tqdm.write(f"{e.name}, seed {seed}: {type(outcome).__name__}: {outcome}", file=sys.stderr)
         else:
-            store(outcome, args.out)
-            note_machine(args.out / "machine.json", PACKAGES)
+            store(e, *outcome, args.folder)
+            note_machine(args.folder / "results/machine.json", PACKAGES)
     return int(failed > 0)
 
 

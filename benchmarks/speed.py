@@ -1,14 +1,11 @@
 """How fast the scripts are, beside the code that people use today.
 
     python benchmarks/speed.py --cleanrl PATH --purejaxrl PATH --readme README.md  # about an hour on two cores
-    python benchmarks/speed.py CleanRL scaling/ppo --cleanrl PATH                  # what has these words in its name
-    python benchmarks/speed.py --cuda --leanrl PATH                                # the comparisons that need a GPU
+    python benchmarks/speed.py cuda --leanrl PATH --purejaxrl PATH                 # what has this word in its name
 
-Every measurement is a process of its own, pinned to one core unless the row says more; of a comparison (see
-comparisons.toml) the programs take turns, A B A B. Steps per second are those after the first third of a run, so
-neither start nor compilation counts; "start" is the time from the start of the process to the end of its first update,
-in our JAX scripts of the first 16 or fewer. CleanRL, LeanRL and PureJaxRL are read from checkouts that are named on the
-command line; without them their rows stay as they were.
+Every measurement is a process of its own, pinned to one core unless the row says more; the programs of a comparison
+(see comparisons.toml) take turns. "Start" is the time from the start of the process to the first mark: the end of the
+first update, in our JAX scripts of the first 16 or fewer. Steps per second are those after the first third of a run.
 
 Writes results/ and speed.png, and the tables between the marks of SPEED.md and, if it is named, of the README.
 """
@@ -25,7 +22,6 @@ import tempfile
 import time
 import tomllib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -43,10 +39,8 @@ PACKAGES = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", 
 KEYS = {"speed": ["comparison"], "scaling": ["script", "num_envs"], "defaults": ["command"]}
 
 
-# ==== Programs ====
 def ours(script: str, flags: list[str]) -> list:
-    """Train by one of the six scripts, as its users run it, with progress bar and log. Returns its marks: (time,
-    environment steps done) at the ends of updates."""
+    """Train by one of the six scripts. Returns its marks: (time, environment steps done) at the ends of updates."""
     module, marks = importlib.import_module(script), []
     args = tyro.cli(module.Args, args=flags)
 
@@ -56,13 +50,10 @@ def ours(script: str, flags: list[str]) -> list:
             marks.append((time.time(), self.n * getattr(args, "num_seeds", 1)))
 
     module.tqdm = Recorder
-    returns = module.train(args).episode_returns
-    if args.target_return is not None and returns[-args.return_window :].mean() < args.target_return:
-        sys.exit(f"the return of {args.target_return} was not reached")
+    module.train(args)
     return marks
 
 
-# ==== Measuring ====
 def worker(cores: str, program: str, *flags: str) -> None:
     """In a process of its own: run a script or a peer; print its marks and the peak memory in MB."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
@@ -79,60 +70,53 @@ def measure(command: str, cores: int) -> dict[str, float]:
     env = os.environ | {"TQDM_DISABLE": ""} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
-        done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+        done = subprocess.run(line, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
     marks, memory = json.loads(done.stdout.splitlines()[-1])
     times, steps = np.array(marks).T
-    warm = len(marks) // 3 if len(marks) > 2 else 0
+    warm = len(marks) // 3
     speed = (steps[-1] - steps[warm]) / (times[-1] - times[warm])
     return {"start": times[0] - start, "total": times[-1] - start, "speed": speed, "memory": memory}
 
 
-def gpu() -> str:
-    """What its driver calls it."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+def median(results: list[dict[str, float]], quantity: str, digits: int = 3) -> str:
+    return f"{np.median([result[quantity] for result in results]):.{digits}g}"
 
 
-def compare(name: str, pair: dict, repeats: int) -> dict:
-    """A row of speed.csv. A time until something is learned has another seed in each repeat, and twice as many."""
-    cores, quantity, results = pair.get("cores", 1), pair.get("quantity", "speed"), {"ours": [], "peer": []}
-    for i in tqdm(range(repeats * (2 if quantity == "total" else 1)), name, leave=False):
-        for who, of_who in results.items():
-            of_who.append(measure(pair[who] + f" --seed {100 + i}" * (quantity == "total"), cores))
-    values = {who: np.array([result[quantity] for result in of_who]) for who, of_who in results.items()}
-    ratios = values["ours"] / values["peer"]
+def compare(name: str, pair: dict, words: dict) -> dict:
+    """A row of speed.csv: the programs in turn, on seeds 100, 101, ..."""
+    quantity, cores = pair.get("quantity", "speed"), pair.get("cores", 1)
+    ours, peer = [], []
+    for seed in range(100, 110 if quantity == "total" else 105):
+        ours.append(measure(f"{pair['ours'].format(**words)} --seed {seed}", cores))
+        peer.append(measure(f"{pair['peer'].format(**words)} --seed {seed}", cores))
+    ratios = np.array([a[quantity] / b[quantity] for a, b in zip(ours, peer)])
     row = {"comparison": name, "quantity": quantity, "cores": cores, "repeats": len(ratios)}
-    for who, of_who in results.items():
-        row[who] = f"{np.median(values[who]):.4g}"
-        row[f"{who}_start"] = f"{np.median([result['start'] for result in of_who]):.3g}"
-    found = {"ratio": np.median(ratios), "lowest": ratios.min(), "highest": ratios.max()}
-    return (
-        row | {name: f"{x:.3g}" for name, x in found.items()} | {"processor": gpu() if "cuda" in pair else processor()}
-    )
+    row |= {"ours": median(ours, quantity, 4), "ours_start": median(ours, "start")}
+    row |= {"peer": median(peer, quantity, 4), "peer_start": median(peer, "start")}
+    row |= {"ratio": f"{np.median(ratios):.3g}", "lowest": f"{ratios.min():.3g}", "highest": f"{ratios.max():.3g}"}
+    query = ["nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader"]
+    on_gpu = "--cuda" in pair["ours"]
+    return row | {"processor": subprocess.check_output(query, text=True).strip() if on_gpu else processor()}
 
 
 def scale(script: str, num_envs: int) -> dict:
     """A row of scaling.csv: default flags, but for the environments and 128 steps of each."""
-    # 16 iterations of a JAX script may be one call of its program, which would be a single mark
-    iterations = max(17 if script.endswith("_jax") else 3, min(30, 4096 // num_envs))
-    steps = iterations * num_envs * (25 if script.startswith("reinforce") else 128)  # untrained, an episode has 25
-    command = f"{script}.py --num-envs {num_envs} --total-timesteps {steps} --eval-episodes 0 --save-every 0"
-    result = measure(command + " --num-steps 128" * (not script.startswith("reinforce")), 2)
+    iterations = 32 if script.endswith("_jax") else 8  # a JAX script marks the time after 16 or fewer
+    per_env, flag = (25, "") if script.startswith("reinforce") else (128, "--num-steps 128")  # 25: an untrained episode
+    steps = iterations * num_envs * per_env
+    command = f"{script}.py --num-envs {num_envs} {flag} --total-timesteps {steps} --eval-episodes 0 --save-every 0"
+    result = measure(command, 2)
     return {"script": script, "num_envs": num_envs} | {name: f"{result[name]:.4g}" for name in ("speed", "memory")}
 
 
-def by_default(command: str, repeats: int = 3) -> dict:
+def by_default(command: str) -> dict:
     """A row of defaults.csv."""
-    results = [measure(f"{command} --eval-episodes 0", 2) for _ in range(repeats)]
-    row = {name: f"{np.median([result[name] for result in results]):.3g}" for name in ("start", "speed")}
-    return {"command": command, **row, "runs": repeats, "processor": processor()}
+    results = [measure(f"{command} --eval-episodes 0", 2) for _ in range(3)]
+    row = {"command": command, "start": median(results, "start"), "speed": median(results, "speed")}
+    return row | {"runs": len(results), "processor": processor()}
 
 
-# ==== Report ====
 def comparisons(rows: list[dict[str, str]]) -> str:
-    """Their table."""
     cells = []
     for row in rows:
         unit, form = ("s", ".1f") if row["quantity"] == "total" else ("steps/s", ",.0f")
@@ -144,15 +128,15 @@ def comparisons(rows: list[dict[str, str]]) -> str:
     return markdown(["comparison", "cores", "ours", "other", ratio, "pairs", "start of both", "processor"], cells)
 
 
-def report(results: Path, headlines: list[str], readme: Path | None) -> None:
+def report(headlines: list[str], readme: Path | None) -> None:
     """SPEED.md, speed.png and the README's table."""
     import matplotlib.pyplot as plt  # here, for what is imported above counts as a worker's time to start
 
-    speeds, scaling, defaults = (read(results / f"{name}.csv") for name in KEYS)
-    lines = [made_with(results / "speed.json"), comparisons(speeds)]
-    lines += ["Default flags, two cores; seconds until the first update, and steps per second after it:"]
+    speeds, scaling, defaults = (read(HERE / f"results/{name}.csv") for name in KEYS)
+    lines = [made_with(HERE / "results/speed.json"), comparisons(speeds)]
+    lines += ["Default flags, two cores; seconds until the first update, and steps per second after it:\n"]
     lines += [markdown(list(defaults[0]), [row.values() for row in defaults])]
-    put_into(HERE / "SPEED.md", "speed.py", "\n\n".join(line.strip() for line in lines) + "\n")
+    put_into(HERE / "SPEED.md", "speed.py", "\n".join(lines))
     if readme is not None:
         put_into(readme, "speed.py", comparisons([row for row in speeds if row["comparison"] in headlines]))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -166,6 +150,15 @@ def report(results: Path, headlines: list[str], readme: Path | None) -> None:
     figure.savefig(HERE / "speed.png", dpi=120)
 
 
+def add(kind: str, row: dict) -> None:
+    """To results/KIND.csv, in place of the row of the same key."""
+    print(row)
+    path, row = HERE / f"results/{kind}.csv", {name: str(value) for name, value in row.items()}
+    rows = {tuple(x[name] for name in KEYS[kind]): x for x in (*read(path), row)}
+    write(path, list(rows.values()))
+    note_machine(HERE / "results/speed.json", PACKAGES)
+
+
 @dataclass(frozen=True)
 class Args:
     """Measure, and write the tables and the figure."""
@@ -174,31 +167,27 @@ class Args:
     cleanrl: Path | None = None  # checkout of vwxyzjn/cleanrl
     leanrl: Path | None = None  # checkout of pytorch-labs/LeanRL
     purejaxrl: Path | None = None  # checkout of luchris429/purejaxrl
-    cuda: bool = False  # only the comparisons that need a GPU
-    repeats: int = 5  # pairs; of the times to solve twice as many
     readme: Path | None = None  # where to put the rows that are `headline`
 
 
 def main(args: Args) -> None:
-    results, pairs, jobs = HERE / "results", tomllib.loads((HERE / "comparisons.toml").read_text()), []
-    flags = pairs.pop("flags") | vars(args)
+    def chosen(name: str) -> bool:
+        return not args.words or any(word in name for word in args.words)
+
+    pairs = tomllib.loads((HERE / "comparisons.toml").read_text())
+    words = pairs.pop("flags") | {name: path for name, path in vars(args).items() if path}
     for name, pair in pairs.items():
-        known = all(flags[word] for word in re.findall(r"{(\w+)}", pair["ours"] + pair["peer"]))
-        if known and pair.get("cuda", False) == args.cuda:
-            commands = {who: pair[who].format(**flags) for who in ("ours", "peer")}
-            jobs.append(("speed", name, partial(compare, name, pair | commands, args.repeats)))
-    for script in () if args.cuda else SCRIPTS:
-        jobs += [("scaling", f"scaling/{script}", partial(scale, script, num_envs)) for num_envs in NUM_ENVS]
-        backends = ("", " --env-backend gymnasium") if script.endswith("_jax") else ("",)
-        jobs += [("defaults", f"defaults/{script}", partial(by_default, f"{script}.py{flag}")) for flag in backends]
-    for kind, name, job in tqdm(jobs):
-        if not args.words or any(word in name for word in args.words):
-            row = {key: str(value) for key, value in job().items()}
-            tqdm.write(str(row))
-            rows = {tuple(x[key] for key in KEYS[kind]): x for x in (*read(results / f"{kind}.csv"), row)}
-            write(results / f"{kind}.csv", list(rows.values()))
-            note_machine(results / "speed.json", PACKAGES)
-    report(results, [name for name, pair in pairs.items() if "headline" in pair], args.readme)
+        known = set(re.findall(r"{(\w+)}", pair["ours"] + pair["peer"])) <= words.keys()
+        if chosen(name) and known and ("--cuda" in pair["ours"]) == ("cuda" in args.words):
+            add("speed", compare(name, pair, words))
+    for script in SCRIPTS:
+        if chosen(f"scaling/{script}"):
+            for num_envs in NUM_ENVS:
+                add("scaling", scale(script, num_envs))
+        if chosen(f"defaults/{script}"):
+            for flag in ("", " --env-backend gymnasium") if script.endswith("_jax") else ("",):
+                add("defaults", by_default(f"{script}.py{flag}"))
+    report([name for name, pair in pairs.items() if "headline" in pair], args.readme)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
     python benchmarks/table.py --readme README.md
 
-Means over seeds with 95 % bootstrap intervals. What stands outside of the marks in RESULTS.md is written by hand. The
-README, if named, gets a short table between its own marks: PPO beside the best published result, for experiments that
-name one.
+What stands outside of the marks in RESULTS.md is written by hand. The README, if named, gets a short table between its
+own marks: PPO beside the best published result, for experiments that name one.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -22,9 +20,7 @@ COLUMNS = {"training": "return", "evaluation": "eval_mean"}  # what the tables a
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """95 % bootstrap interval of the mean over seeds: [seeds, ...] -> [2, ...]; not a number if there is only one."""
-    if len(values) < 2:
-        return np.full((2, *values.shape[1:]), np.nan)
+    """95 % bootstrap interval of the mean over seeds: [seeds, ...] -> [2, ...]."""
     weights = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), 10_000)
     return np.quantile(weights / len(values) @ values, (0.025, 0.975), axis=0)
 
@@ -35,24 +31,23 @@ def column(rows: list[dict[str, str]], name: str) -> np.ndarray:
 
 
 def with_interval(values: np.ndarray, digits: int = 1) -> str:
-    """The mean and its interval, for a cell."""
     if not len(values):
         return ""
+    mean = f"{values.mean():.{digits}f}"
     low, high = interval(values)
-    bracket = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{values.mean():.{digits}f}{bracket}"
+    return mean if len(values) == 1 else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def flag(e: Experiment, name: str) -> str:
-    """What a flag of the experiment is set to."""
     words = e.flags.split()
     return words[words.index(name) + 1]
 
 
 def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
     """What only some experiments are asked."""
-    found, success, reached = [], 100 * column(rows, "success"), column(rows, "reached")
+    found, reached = [], column(rows, "reached")
     if e.keep == "play":
+        success = 100 * column(rows, "success")
         found += [f"last reward {with_interval(column(rows, 'last_reward'), 3)}"]
         found += [f"success {with_interval(success)} %, worst seed {success.min():.0f} %"]
     if e.threshold is not None:
@@ -74,7 +69,6 @@ def notes(e: Experiment, rows: list[dict[str, str]]) -> str:
 
 
 def markdown(columns: list[str], rows: list[list]) -> str:
-    """A table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
@@ -93,15 +87,14 @@ def section(group: list[tuple[Experiment, list[dict]]]) -> str:
 
 
 def short(groups: list[list[tuple[Experiment, list[dict]]]]) -> str:
-    """The README's table: experiments that name a `best` published result, each by its last scripts."""
+    """The README's table: experiments that name a `best` published result."""
     cells = []
     for group in groups:
-        e = group[0][0]
+        e, rows = group[-1]
         if e.best:
-            ours = {e.script.endswith("_jax"): with_interval(column(rows, COLUMNS[e.measure])) for e, rows in group}
-            steps = f"{int(flag(e, '--total-timesteps')):,}"
-            row = [flag(e, "--env-id"), steps, e.measure, ours.get(False, ""), ours.get(True, ""), e.best]
-            cells.append([*row, len(group[-1][1])])
+            ours = {e.script: with_interval(column(rows, COLUMNS[e.measure])) for e, rows in group}
+            setting = [flag(e, "--env-id"), f"{int(flag(e, '--total-timesteps')):,}", e.measure]
+            cells.append([*setting, ours.get("ppo", ""), ours.get("ppo_jax", ""), e.best, len(rows)])
     return markdown(["environment", "steps", "return in", "`ppo.py`", "`ppo_jax.py`", "best published", "seeds"], cells)
 
 
@@ -114,25 +107,18 @@ def made_with(path: Path) -> str:
 def put_into(file: Path, script: str, text: str) -> None:
     """Replace what stands between this script's mark in the file and the next end mark."""
     begin, end = f"<!-- written by benchmarks/{script} -->\n", "<!-- until here -->"
-    new, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", file.read_text(), flags=re.DOTALL)
-    if not found:
-        sys.exit(f"error: {file} lacks the lines {begin}{end}")
-    file.write_text(new)
+    before, _, rest = file.read_text().partition(begin)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def main(
-    table: Path = HERE / "experiments.toml",
-    results: Path = HERE / "results",
-    out: Path = HERE / "RESULTS.md",
-    readme: Path | None = None,
-) -> None:
-    """Write the tables of those experiments in TABLE that have results."""
+def main(folder: Path = HERE, readme: Path | None = None) -> None:
+    """Write RESULTS.md in the folder of experiments.toml and results/: of those experiments that have results."""
     groups = {}
-    for e in experiments(table):
-        if rows := finished(e, results):
+    for e in experiments(folder):
+        if rows := finished(e, folder):
             groups.setdefault(e.table, []).append((e, rows))
-    sections = [made_with(results / "machine.json"), *map(section, groups.values())]
-    put_into(out, "table.py", "\n".join(sections))
+    sections = [made_with(folder / "results/machine.json"), *map(section, groups.values())]
+    put_into(folder / "RESULTS.md", "table.py", "\n".join(sections))
     if readme is not None:
         put_into(readme, "table.py", short(list(groups.values())))
 

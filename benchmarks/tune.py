@@ -20,14 +20,11 @@ from typing import Annotated, Any
 import numpy as np
 import optuna
 import tyro
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SPACE = {  # lists: one of them; pairs: between them, logarithmically. A script without a flag does without
-    "learning_rate": (1e-4, 1e-2),
+SPACE = {  # lists: one of them; a script without one of these flags does without
+    "learning_rate": (1e-4, 1e-2),  # between them, logarithmically
     "gamma": [0.9, 0.95, 0.98, 0.99, 0.995, 0.999],
     "gae_lambda": [0.8, 0.9, 0.95, 0.98, 1.0],
     "num_envs": [4, 8, 16],
@@ -48,12 +45,10 @@ class Args:
     script: Annotated[str, tyro.conf.Positional]  # reinforce, ppo_jax, ...
     trials: int = 50  # in all, of all processes
     seeds: int = 3  # agents of a trial
-    storage: Path = Path("runs/tune.log")  # file of all trials of all searches
-    figure: Path = Path("runs/tune.png")  # of this search
+    storage: Path = Path("runs/tune.log")  # file of all trials of all searches, beside it the figure
 
 
 def as_flag(name: str, value: Any) -> str:
-    """For a command line."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
@@ -61,7 +56,7 @@ def as_flag(name: str, value: Any) -> str:
 
 
 def final_returns(script: str, flags: str, seed: int, num_seeds: int) -> list[float]:
-    """Train agents of `seed`, `seed` + 1, ...; the mean of each one's last 100 training returns."""
+    """Means of the last 100 training episodes of seeds `seed`, `seed` + 1, ..., `num_seeds` in one program."""
     module = importlib.import_module(script)
     many = f"--num-seeds {num_seeds}" if num_seeds > 1 else ""
     args = tyro.cli(module.Args, args=shlex.split(f"{flags} --eval-episodes 0 --save-every 0 --seed {seed} {many}"))
@@ -83,6 +78,7 @@ def main() -> None:
             else:
                 trial.suggest_categorical(name, choices)
         flags = " ".join([*rest, *(as_flag(name, value) for name, value in trial.params.items())])
+        trial.set_user_attr("command", f"python {args.script}.py {flags}")
         returns, at_once = [], args.seeds if args.script.endswith("_jax") else 1
         while len(returns) < args.seeds:
             returns += final_returns(args.script, flags, len(returns), at_once)
@@ -92,19 +88,19 @@ def main() -> None:
         return float(np.mean(returns))
 
     args.storage.parent.mkdir(parents=True, exist_ok=True)
+    file = optuna.storages.journal.JournalFileBackend(str(args.storage))
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(args.storage))),
+        storage=optuna.storages.JournalStorage(file),
         study_name=" ".join([args.script, *rest, f"(seeds: {args.seeds})"]),
         load_if_exists=True,
         direction="maximize",
         sampler=optuna.samplers.TPESampler(constant_liar=True),  # for several processes
     )
-    while len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])) < args.trials:
+    while sum(trial.state.is_finished() for trial in study.trials) < args.trials:
         study.optimize(objective, n_trials=1, catch=FloatingPointError)  # of a loss that is not finite
     panels = np.ravel(optuna.visualization.matplotlib.plot_slice(study, target_name="mean return"))  # one for each flag
-    panels[0].figure.savefig(args.figure, bbox_inches="tight")
-    best = [as_flag(name, value) for name, value in study.best_params.items()]
-    print(f"{study.best_value:.5g}: python {args.script}.py {' '.join([*rest, *best])}")
+    panels[0].figure.savefig(args.storage.with_suffix(".png"), bbox_inches="tight")
+    print(f"{study.best_value:.5g}: {study.best_trial.user_attrs['command']}")
 
 
 if __name__ == "__main__":
