@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium>=1.1,<1.4", "numpy>=1.26,<3", "tensorboard>=2.18,<3",
-#     "torch>=2.9,<2.14", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "torch>=2.9,<2.14", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """Proximal policy optimisation (PPO) with the clipped surrogate objective, in PyTorch.
@@ -12,11 +12,11 @@ takes many, on a surrogate that gains nothing from moving the probability ratio 
 
     maximise  E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ],   r_t = pi(a_t|s_t) / pi_old(a_t|s_t)    [2, eq. 7]
 
-with a squared-error value loss and an entropy bonus [2, eq. 9]. A_t is the generalised advantage [1], see `gae`.
-A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t being the observation at the cut. Only
-`terminated` means that nothing follows; `done`, terminated or truncated, ends the sum in `gae`.
+with a squared-error value loss and an entropy bonus [2, eq. 9]. A_t is the generalised advantage [1], see `gae`, which
+[2] computes once per batch. A time limit is no end: what it cuts off is worth V(s'_t). Only `terminated` means that
+nothing follows; `done` ends the sum in `gae`.
 
-[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[1] Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and a Box action.
@@ -29,8 +29,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,7 +37,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,7 +50,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = 1  # fixes every random number
     total_timesteps: int = 200_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments it is slower
     compile: bool = False  # compile the loss: slow to start, then faster
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -76,6 +75,7 @@ class Args:
     clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # end the update after an epoch of a larger KL
+    recompute_adv: bool = False  # new advantages in each epoch (arXiv:2006.05990)
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # of the gradient; longer ones are scaled down
@@ -88,7 +88,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -108,7 +108,7 @@ class Args:
 
 
 # ==== Environment ====
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -127,7 +127,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 # ==== Networks ====
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
@@ -141,16 +141,16 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 class RunningMeanStd(nn.Module):
     """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x):
         delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
         self.mean += w * delta
         self.var.copy_((1 - w) * self.var + w * x.var(0, correction=0) + w * (1 - w) * delta**2)
@@ -160,7 +160,7 @@ class RunningMeanStd(nn.Module):
 class Agent(nn.Module):
     """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         space, obs_size = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete = isinstance(space, gym.spaces.Discrete)
@@ -173,21 +173,21 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd(1)
         self.running_return = 0.0  # the carry of `running_returns`
 
-    def normalize(self, obs: Tensor) -> Tensor:
+    def normalize(self, obs):
         return self.obs_stats.normalize(obs) if self.norm_obs else obs
 
-    def value(self, obs: Tensor) -> Tensor:
+    def value(self, obs):
         """V(s): [..., D] -> [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+    def act(self, obs, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(self.normalize(obs))
         if self.discrete:  # Gumbel-max: logits plus Gumbel noise, -log(exponential), are largest at a softmax sample
             return (out if greedy else out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out if greedy else out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
@@ -212,9 +212,7 @@ class Batch(NamedTuple):
 
 
 # ==== Math ====
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -226,7 +224,7 @@ def gae(
     return torch.stack(adv[1:][::-1])
 
 
-def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def running_returns(reward, done, carry, gamma):
     """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
     ret = []
     for reward_t, done_t in zip(reward.unbind(), done.unbind()):
@@ -236,24 +234,24 @@ def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -
     return torch.stack(ret), carry
 
 
-def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
+def policy_loss(logp, logp_old, adv, clip_coef):
     """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = (logp - logp_old).exp()
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
-def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
+def value_loss(value, value_old, ret, clip_coef):
     """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
+    if clip_coef is not None:  # in the authors' code, not in the paper: the worse of the value and the clipped value
         clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
 
 
-def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
+def approx_kl(logp, logp_old):
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
     # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
     return ((logp - logp_old).expm1() - (logp - logp_old)).mean()
@@ -261,7 +259,7 @@ def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
 
 # ==== Rollout ====
 @torch.inference_mode()
-def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Args) -> tuple[Batch, np.ndarray]:
+def rollout(agent: Agent, envs, obs, args: Args):
     """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
     computed here, all else that the update needs afterwards in one pass over the batch."""
     device, rows = next(agent.parameters()).device, []
@@ -278,7 +276,7 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Arg
 
 
 # ==== Update ====
-def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_fn(agent: Agent, minibatch, args: Args):
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret, logp_old, value_old = minibatch
     logp, entropy = agent.log_prob(obs, action)
@@ -293,7 +291,7 @@ def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Te
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
     """Epochs of minibatch gradient descent on a batch. Returns means of what to log."""
     device = next(agent.parameters()).device
     obs, action, reward, next_obs, terminated, done, _ = (torch.as_tensor(x, device=device) for x in batch)
@@ -302,13 +300,16 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             running, agent.running_return = running_returns(reward, done, agent.running_return, args.gamma)
             agent.return_stats.update(running.reshape(-1, 1))
             reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
-        value, next_value = agent.value(obs), agent.value(next_obs)
         logp, _ = agent.log_prob(obs, action)
-        adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
-        ret = adv + value  # V_t^targ, the lambda-return
-    data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
     history = []
     for _ in range(args.update_epochs):
+        if not history or args.recompute_adv:
+            with torch.no_grad():
+                value, next_value = agent.value(obs), agent.value(next_obs)
+                adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
+            ret = adv + value  # V_t^targ, the lambda-return
+            data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
+        explained = 1 - (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
         order = torch.randperm(args.batch_size, device=device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in data)):
             loss, metrics = loss_fn(agent, minibatch, args)
@@ -316,20 +317,18 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            history.append(metrics)
+            history.append(metrics | {"explained_variance": explained})
         kl = torch.stack([x["approx_kl"] for x in history[-args.num_minibatches :]]).mean()
         if args.target_kl and kl > args.target_kl:
             break
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
-    metrics = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
-    unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
-    return metrics | {"explained_variance": 1 - unexplained.item()}
+    return {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
 
 
 # ==== Training ====
 @torch.inference_mode()
-def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
+def evaluate(agent: Agent, env, args: Args):
     """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
@@ -354,7 +353,7 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def finished(step: int, returns: list[float], args: Args) -> bool:
+def finished(step, returns, args: Args):
     """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
@@ -387,7 +386,7 @@ def train(args: Args) -> Result:
     eval_env = make_env(args, run_dir / "videos" if args.capture_video else None)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     if not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
@@ -397,7 +396,7 @@ def train(args: Args) -> Result:
         metrics = update(agent, optimizer, loss, batch, args)
         iteration += 1
         if not math.isfinite(sum(metrics.values())):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         for t, n in np.argwhere(batch.done):
             episode_return, episode_length = batch.episode[t, n].tolist()
@@ -428,7 +427,7 @@ def train(args: Args) -> Result:
     return Result(agent, np.array(returns), np.array(steps, int), eval_returns, run_dir)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium>=1.1,<1.4", "numpy>=1.26,<3", "tensorboard>=2.18,<3",
-#     "torch>=2.9,<2.14", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "torch>=2.9,<2.14", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """REINFORCE, the Monte Carlo policy gradient, in PyTorch.
@@ -34,8 +34,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,7 +42,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -56,7 +55,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = 1  # fixes every random number
     total_timesteps: int = 300_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments it is slower
     compile: bool = False  # compile the loss: slow to start, then faster
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -80,7 +79,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name in ("num_envs", "total_timesteps", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name == "gamma" else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -98,7 +97,7 @@ class Args:
 
 
 # ==== Environment ====
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -117,7 +116,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 # ==== Networks ====
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
@@ -131,7 +130,7 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 class Agent(nn.Module):
     """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         space, obs_size = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete = isinstance(space, gym.spaces.Discrete)
@@ -140,14 +139,14 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
         self.temperature = args.temperature if self.discrete else 1.0
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+    def act(self, obs, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs) / self.temperature
         if self.discrete:  # Gumbel-max: logits plus Gumbel noise, -log(exponential), are largest at a softmax sample
             return (out if greedy else out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out if greedy else out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(obs) / self.temperature
         if self.discrete:
@@ -171,7 +170,7 @@ class Batch(NamedTuple):
 
 
 # ==== Math ====
-def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
+def discounted_returns(reward, done, gamma):
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
     ret = [torch.zeros_like(reward[0])]  # a list: indexing a tensor takes as long as the arithmetic
     for reward_t, done_t in zip(reversed(reward.unbind()), reversed(done.unbind())):
@@ -180,7 +179,7 @@ def discounted_returns(reward: Tensor, done: Tensor, gamma: float) -> Tensor:
     return torch.stack(ret[1:][::-1])
 
 
-def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
+def policy_loss(logp, ret, mask):
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
     # 1/N sum_n sum_t G_t log pi(a_t|s_t)    [2, eq. 13.8; a mean over steps would be biased]
     return -(logp * ret * mask).sum() / mask.shape[-1]
@@ -188,7 +187,7 @@ def policy_loss(logp: Tensor, ret: Tensor, mask: Tensor) -> Tensor:
 
 # ==== Rollout ====
 @torch.inference_mode()
-def rollout(agent: Agent, envs: gym.vector.VectorEnv, env_seeds: list[int], args: Args) -> Batch:
+def rollout(agent: Agent, envs, env_seeds, args: Args) -> Batch:
     """Play one whole episode in every environment. Those that are done play on, masked, until the last one is."""
     device, rows = next(agent.parameters()).device, []
     obs, _ = envs.reset(seed=env_seeds)
@@ -205,7 +204,7 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, env_seeds: list[int], args
 
 
 # ==== Update ====
-def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_fn(agent: Agent, minibatch, args: Args):
     """Loss of a batch, and what to log."""
     obs, action, ret, mask = minibatch
     logp, entropy = agent.log_prob(obs, action)
@@ -215,7 +214,7 @@ def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Te
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
     """One step of gradient descent on one batch. Returns what to log."""
     device = next(agent.parameters()).device
     obs, action, reward, done, mask, _ = (torch.as_tensor(x, device=device) for x in batch)
@@ -233,7 +232,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
 
 # ==== Training ====
 @torch.inference_mode()
-def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
+def evaluate(agent: Agent, env, args: Args):
     """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
@@ -258,7 +257,7 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def finished(step: int, returns: list[float], args: Args) -> bool:
+def finished(step, returns, args: Args):
     """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
@@ -288,7 +287,7 @@ def train(args: Args) -> Result:
     eval_env = make_env(args, run_dir / "videos" if args.capture_video else None)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     if not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
@@ -301,7 +300,7 @@ def train(args: Args) -> Result:
         metrics = update(agent, optimizer, loss, batch, args)
         iteration += 1
         if not math.isfinite(sum(metrics.values())):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         for t, n in np.argwhere(batch.done):
             episode_return, episode_length = batch.episode[t, n].tolist()
@@ -332,7 +331,7 @@ def train(args: Args) -> Result:
     return Result(agent, np.array(returns), np.array(steps, int), eval_returns, run_dir)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0.1,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
-#     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "optax>=0.2.6,<0.3", "six", "tensorboardX>=2.6,<3", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """REINFORCE, the Monte Carlo policy gradient, in JAX.
@@ -35,12 +35,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import jax
@@ -48,8 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import linen as nn
-from flax import serialization
+from flax import linen as nn, serialization
 from jax import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -65,7 +63,7 @@ class Args:
     seed: int = 1  # fixes every random number
     num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
     total_timesteps: int = 300_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments it is slower
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
@@ -88,7 +86,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name in ("num_envs", "num_seeds", "total_timesteps", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name == "gamma" else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -109,7 +107,7 @@ class Args:
 
 
 # ==== Environment ====
-def to_env(space: gym.Space, action: Array) -> Array:
+def to_env(space, action):
     """Actions for the environment: Discrete ones count from 0, Box ones are scaled from [-1, 1] and clipped."""
     if isinstance(space, gym.spaces.Discrete):
         return action + int(space.start)
@@ -118,7 +116,7 @@ def to_env(space: gym.Space, action: Array) -> Array:
     return ((high + low) / 2 + (high - low) / 2 * action).clip(space.low, space.high)
 
 
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """An environment of Gymnasium; observations are flat, [D]."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -128,7 +126,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs, video_dir=None):
     """S x N environments, of which the first is filmed."""
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
@@ -138,25 +136,25 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
 class GymnaxEnv:
     """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         import gymnax
 
         self.env, self.params = gymnax.make(name)
         self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(self.env.action_space(self.params))
-        self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
+        self.max_steps = int(self.params.max_steps_in_episode)  # --max-episode-steps sets it
 
-    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
+    def reset(self, key):  # -> state, obs [D]
         obs, state = self.env.reset_env(key, self.params)
         return state, obs.ravel()
 
-    def step(self, key: Array, state: Any, action: Array) -> tuple:  # state, obs [D], reward, terminated, truncated
+    def step(self, key, state, action):  # -> state, obs [D], reward, terminated, truncated
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         return state, obs.ravel(), reward, terminated, state.time >= self.max_steps
 
 
-def make_jax_env(args: Args) -> Any:
+def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # too late if JAX runs already, as it does from the import of gymnax on
+    with suppress(RuntimeError):  # too late if JAX runs already, as from the import of gymnax on
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
@@ -173,7 +171,7 @@ def make_jax_env(args: Args) -> Any:
 
 
 # ==== Networks ====
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for size in sizes[:-1]:
@@ -196,14 +194,14 @@ class Agent(nn.Module):
         self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (action_size,))
         self.temperature = self.args.temperature if self.discrete else 1.0
 
-    def act(self, obs: Array, key: Array, greedy: bool = False) -> Array:
+    def act(self, obs, key, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs) / self.temperature
         if self.discrete:
             return out.argmax(-1) if greedy else jax.random.categorical(key, out)
         return out if greedy else out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
-    def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(obs) / self.temperature
         if self.discrete:
@@ -236,7 +234,7 @@ class State(NamedTuple):
 
 
 # ==== Math ====
-def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
+def discounted_returns(reward, done, gamma):
     """Return from each step to the end of its episode: all [T, N] -> [T, N]."""
 
     def step_back(ret, now):
@@ -248,19 +246,19 @@ def discounted_returns(reward: Array, done: Array, gamma: float) -> Array:
     return jax.lax.scan(step_back, jnp.zeros_like(reward[0]), (reward, done), reverse=True, unroll=8)[1]
 
 
-def policy_loss(logp: Array, ret: Array, mask: Array) -> Array:
+def policy_loss(logp, ret, mask):
     """The policy-gradient loss: all [T, N] -> scalar. Only its gradient means anything."""
     # 1/N sum_n sum_t G_t log pi(a_t|s_t)    [2, eq. 13.8; a mean over steps would be biased]
     return -(logp * ret * mask).sum() / mask.shape[-1]
 
 
 # ==== Rollout ====
-def act(state: State, obs: Array, key: Array, agent: Agent, greedy: bool = False) -> Array:
-    """Actions of the agent in `state`: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+def act(state: State, obs, key, agent: Agent, greedy=False):
+    """Actions of the agent in `state`, see Agent.act."""
     return agent.bind({"params": state.params}).act(obs, key, greedy)
 
 
-def rollout(state: State, policy: Callable, env: Any, num_envs: int) -> tuple[State, Batch]:
+def rollout(state: State, policy, env, num_envs):
     """Play one whole episode in every environment. Those that are done play on, masked, up to the time limit."""
     key, reset_key, rollout_key = jax.random.split(state.key, 3)
 
@@ -278,8 +276,8 @@ def rollout(state: State, policy: Callable, env: Any, num_envs: int) -> tuple[St
     return state._replace(key=key), batch
 
 
-def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_envs: int) -> tuple[State, Batch]:
-    """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
+def rollout_on_host(state: State, policy, env, num_envs):
+    """The same by Python, in environments of Gymnasium; `policy` is compiled. Arrays have an axis S in front."""
     num_steps, shape = env.get_attr("spec")[0].max_episode_steps, (len(state.key), num_envs)
     split = jax.vmap(partial(jax.random.split, num=num_steps + num_envs + 1), out_axes=1)
     key, *keys = np.asarray(split(state.key))  # of [S, 2] each
@@ -303,7 +301,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
 optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
 
 
-def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
+def loss_fn(params, minibatch, agent: Agent, args: Args):
     """Loss of a batch, and what to log."""
     obs, action, ret, mask = minibatch
     agent = agent.bind({"params": params})
@@ -313,7 +311,7 @@ def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> t
     return loss, {"policy_loss": pg_loss, "entropy": (entropy * mask).sum() / mask.sum()}
 
 
-def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
+def update(state: State, batch: Batch, agent: Agent, args: Args):
     """One step of gradient descent on one batch. Returns also what to log."""
     obs, action, reward, done, mask = batch
     ret = discounted_returns(reward, done, args.gamma)
@@ -329,14 +327,14 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
 
 
 # ==== Training ====
-def init_state(key: Array, obs: Array, agent: Agent) -> State:
+def init_state(key, obs, agent: Agent) -> State:
     """An agent before its first step."""
     key, params_key = jax.random.split(key)
     params = agent.init(params_key, obs, key, method="act")["params"]
     return State(params, optimizer.init(params), key, jnp.int32(0))
 
 
-def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
+def evaluate(state: State, agent: Agent, env, args: Args):
     """Undiscounted returns of one episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
     policy = partial(act, agent=agent, greedy=not args.eval_sample)
     state = state._replace(key=jax.vmap(partial(jax.random.fold_in, data=2**31))(state.key))  # not those of training
@@ -356,11 +354,11 @@ class Result(NamedTuple):
     episode_steps: np.ndarray  # [episodes] the environment step at which each did
     eval_returns: np.ndarray  # [eval_episodes]
     run_dir: Path
-    state: State  # all that training changed, always with an axis S
+    state: State  # always with an axis S
 
 
-def finished(step: int, returns: list[np.ndarray], args: Args) -> bool:
-    """Whether all steps are done, or each agent's full window of returns averages --target-return or more."""
+def finished(step, returns, args: Args):
+    """Whether all steps are done, or each agent's full window of returns averages --target-return."""
     full = args.target_return is not None and all(len(x) >= args.return_window for x in returns)
     solved = full and min(x[-args.return_window :].mean() for x in returns) >= args.target_return
     return step >= args.total_timesteps or solved
@@ -370,7 +368,7 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()[: max(k for k in range(1, jax.device_count() + 1) if args.num_seeds % k == 0)]
+    devices = jax.devices()[: math.gcd(args.num_seeds, jax.device_count())]
     if args.cuda and devices[0].platform == "cpu":
         print("warning: --cuda: no GPU found, training on the CPU")
     agent = Agent(env.single_action_space if on_host else env.action_space, args)
@@ -379,13 +377,13 @@ def train(args: Args) -> Result:
     # one by one: a batch of QR decompositions can deadlock a CPU
     state = jax.lax.map(partial(init_state, obs=obs, agent=agent), keys)
     leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
-    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds  # of each agent's episodes
+    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
         saved = serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
         if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
-            raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
+            raise ValueError(f"--resume {run_dir}: other networks or environments")
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
     by_seed = jax.NamedSharding(jax.sharding.Mesh(devices, "seeds"), jax.P("seeds"))  # each device has some agents
     state = jax.device_put(jax.tree.unflatten(tree, leaves), by_seed)
@@ -403,7 +401,7 @@ def train(args: Args) -> Result:
     run = iterate if on_host else jax.jit(jax.vmap(iterate))
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)
     if not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
     iteration, now, first_step, start_time = 0, np.asarray(state.step), step, time.perf_counter()
     while not finished(step, returns, args):
@@ -412,7 +410,7 @@ def train(args: Args) -> Result:
         reward, done, mask, metrics = jax.device_get(outcome)
         iteration += 1
         if not all(np.isfinite(x).all() for x in metrics.values()):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         for i in range(args.num_seeds):
             t, n = np.nonzero(done[i])
@@ -421,13 +419,14 @@ def train(args: Args) -> Result:
         now = np.asarray(state.step)
         bar.update(int(now.min()) - step)
         step = int(now.min())
-        scalars = {f"losses/{name}": x.mean() for name, x in metrics.items()} | {"charts/learning_rate": lr}
-        scalars["charts/SPS"] = args.num_seeds * (step - first_step) / (time.perf_counter() - start_time)
-        scalars["charts/episodic_return"] = np.mean([x[-args.return_window :].mean() for x in returns])
-        scalars["charts/episodic_length"] = mask.sum(1).mean()
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
+        writer.add_scalar("charts/learning_rate", lr, step)
+        writer.add_scalar("charts/SPS", args.num_seeds * (step - first_step) / (time.perf_counter() - start_time), step)
+        for name, x in metrics.items():
+            writer.add_scalar(f"losses/{name}", x.mean(), step)
+        mean_return = np.mean([x[-args.return_window :].mean() for x in returns])
+        writer.add_scalar("charts/episodic_return", mean_return, step)
+        writer.add_scalar("charts/episodic_length", mask.sum(1).mean(), step)
+        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every == 0):
             saved = {"leaves": jax.device_get(jax.tree.leaves(state)), "returns": returns, "steps": steps}
             (run_dir / "checkpoint.tmp").write_bytes(serialization.msgpack_serialize(saved))
@@ -448,7 +447,7 @@ def train(args: Args) -> Result:
     return Result(params, returns[agents], steps[agents], eval_returns[agents], run_dir, state)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

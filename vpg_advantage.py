@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium>=1.1,<1.4", "numpy>=1.26,<3", "tensorboard>=2.18,<3",
-#     "torch>=2.9,<2.14", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "torch>=2.9,<2.14", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """Vanilla policy gradient (VPG) with a learned baseline and generalised advantages, in PyTorch.
@@ -13,12 +13,10 @@ stands in for rewards further ahead, which lowers the variance again, at some bi
 
     grad J ~ E_t[ A_t grad log pi(a_t|s_t) ]    [1, eq. 1; 2, eq. 1]
 
-with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. This gradient is
-that of the policy that played the batch, so one step per batch is the default; ppo.py takes many.
-A time limit is no end: what it cuts off of an episode is worth V(s'_t), s'_t being the observation at the cut. Only
-`terminated` means that nothing follows; `done`, terminated or truncated, ends the sum in `gae`.
+with a squared-error value loss and an entropy bonus. A_t is the generalised advantage [1], see `gae`. A time limit is
+no end: what it cuts off is worth V(s'_t). Only `terminated` means that nothing follows; `done` ends the sum in `gae`.
 
-[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[1] Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: T = num_steps, N = num_envs; D and A are the sizes of an observation and a Box action.
@@ -31,8 +29,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,7 +37,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -52,8 +49,8 @@ class Args:
     exp_name: str = Path(__file__).stem  # for the name of the run folder
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = 1  # fixes every random number
-    total_timesteps: int = 300_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    total_timesteps: int = 200_000  # environment steps in all
+    cuda: bool = False  # use the GPU; with few environments it is slower
     compile: bool = False  # compile the loss: slow to start, then faster
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -68,7 +65,7 @@ class Args:
     num_envs: int = 8  # parallel environments (N)
     num_steps: int = 64  # steps of each environment in a batch (T)
     max_episode_steps: int | None = None  # time limit, in place of the environment's own
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.98  # discount factor
     gae_lambda: float = 0.99  # from 0, the TD error, to 1, return - value
     num_minibatches: int = 1  # minibatches per epoch
     update_epochs: int = 1  # passes over each batch
@@ -87,7 +84,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -107,7 +104,7 @@ class Args:
 
 
 # ==== Environment ====
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -126,7 +123,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 # ==== Networks ====
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
@@ -140,16 +137,16 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 class RunningMeanStd(nn.Module):
     """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x):
         delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
         self.mean += w * delta
         self.var.copy_((1 - w) * self.var + w * x.var(0, correction=0) + w * (1 - w) * delta**2)
@@ -159,7 +156,7 @@ class RunningMeanStd(nn.Module):
 class Agent(nn.Module):
     """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         space, obs_size = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete = isinstance(space, gym.spaces.Discrete)
@@ -172,21 +169,21 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd(1)
         self.running_return = 0.0  # the carry of `running_returns`
 
-    def normalize(self, obs: Tensor) -> Tensor:
+    def normalize(self, obs):
         return self.obs_stats.normalize(obs) if self.norm_obs else obs
 
-    def value(self, obs: Tensor) -> Tensor:
+    def value(self, obs):
         """V(s): [..., D] -> [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+    def act(self, obs, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(self.normalize(obs))
         if self.discrete:  # Gumbel-max: logits plus Gumbel noise, -log(exponential), are largest at a softmax sample
             return (out if greedy else out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out if greedy else out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
@@ -211,9 +208,7 @@ class Batch(NamedTuple):
 
 
 # ==== Math ====
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -225,7 +220,7 @@ def gae(
     return torch.stack(adv[1:][::-1])
 
 
-def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def running_returns(reward, done, carry, gamma):
     """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
     ret = []
     for reward_t, done_t in zip(reward.unbind(), done.unbind()):
@@ -235,13 +230,13 @@ def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -
     return torch.stack(ret), carry
 
 
-def policy_loss(logp: Tensor, adv: Tensor) -> Tensor:
+def policy_loss(logp, adv):
     """The policy-gradient loss: [...] -> scalar. Only its gradient means anything."""
     # E_t[ A_t log pi(a_t|s_t) ]    [2, eq. 2]
     return -(logp * adv).mean()
 
 
-def value_loss(value: Tensor, ret: Tensor) -> Tensor:
+def value_loss(value, ret):
     """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
@@ -250,7 +245,7 @@ def value_loss(value: Tensor, ret: Tensor) -> Tensor:
 
 # ==== Rollout ====
 @torch.inference_mode()
-def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Args) -> tuple[Batch, np.ndarray]:
+def rollout(agent: Agent, envs, obs, args: Args):
     """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
     computed here, all else that the update needs afterwards in one pass over the batch."""
     device, rows = next(agent.parameters()).device, []
@@ -267,7 +262,7 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Arg
 
 
 # ==== Update ====
-def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_fn(agent: Agent, minibatch, args: Args):
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret = minibatch
     logp, entropy = agent.log_prob(obs, action)
@@ -280,7 +275,7 @@ def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Te
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
     """Epochs of minibatch gradient descent on a batch. Returns means of what to log."""
     device = next(agent.parameters()).device
     obs, action, reward, next_obs, terminated, done, _ = (torch.as_tensor(x, device=device) for x in batch)
@@ -295,6 +290,7 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
     data = [x.flatten(0, 1) for x in (obs, action, adv, ret)]
     history = []
     for _ in range(args.update_epochs):
+        explained = 1 - (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
         order = torch.randperm(args.batch_size, device=device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in data)):
             loss, metrics = loss_fn(agent, minibatch, args)
@@ -302,17 +298,15 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            history.append(metrics)
+            history.append(metrics | {"explained_variance": explained})
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
-    metrics = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
-    unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
-    return metrics | {"explained_variance": 1 - unexplained.item()}
+    return {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
 
 
 # ==== Training ====
 @torch.inference_mode()
-def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
+def evaluate(agent: Agent, env, args: Args):
     """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
@@ -337,7 +331,7 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def finished(step: int, returns: list[float], args: Args) -> bool:
+def finished(step, returns, args: Args):
     """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
@@ -370,7 +364,7 @@ def train(args: Args) -> Result:
     eval_env = make_env(args, run_dir / "videos" if args.capture_video else None)
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     if not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
@@ -380,7 +374,7 @@ def train(args: Args) -> Result:
         metrics = update(agent, optimizer, loss, batch, args)
         iteration += 1
         if not math.isfinite(sum(metrics.values())):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         for t, n in np.argwhere(batch.done):
             episode_return, episode_length = batch.episode[t, n].tolist()
@@ -411,7 +405,7 @@ def train(args: Args) -> Result:
     return Result(agent, np.array(returns), np.array(steps, int), eval_returns, run_dir)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "flax>=0.11,<0.13", "gymnasium>=1.1,<1.4", "gymnax>=1.0.1,<1.1", "jax>=0.8,<0.11", "numpy>=1.26,<3",
-#     "optax>=0.2.6,<0.3", "six>=1.16", "tensorboardX>=2.6,<3", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "optax>=0.2.6,<0.3", "six", "tensorboardX>=2.6,<3", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """Proximal policy optimisation (PPO) in JAX, an agent on several devices at once: ppo_jax.py by jax.shard_map.
@@ -22,7 +22,7 @@ process dies, the others end some ten seconds later.
 
 Environments have to be written in JAX; branches for others stand as in ppo_jax.py, for a short diff.
 
-[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[1] Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Functions are of one agent, of which vmap makes S = num_seeds, and take and return its State.
@@ -38,9 +38,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,8 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import linen as nn
-from flax import serialization
+from flax import linen as nn, serialization
 from jax import Array
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from tensorboardX import SummaryWriter
@@ -69,7 +67,7 @@ class Args:
     seed: int = 1  # fixes every random number
     num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
     total_timesteps: int = 200_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments it is slower
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
@@ -93,6 +91,7 @@ class Args:
     clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # end the update after an epoch of a larger KL
+    recompute_adv: bool = False  # new advantages in each epoch (arXiv:2006.05990)
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # of the gradient; longer ones are scaled down
@@ -105,7 +104,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -126,7 +125,7 @@ class Args:
 
 
 # ==== Environment ====
-def to_env(space: gym.Space, action: Array) -> Array:
+def to_env(space, action):
     """Actions for the environment: Discrete ones count from 0, Box ones are scaled from [-1, 1] and clipped."""
     if isinstance(space, gym.spaces.Discrete):
         return action + int(space.start)
@@ -135,7 +134,7 @@ def to_env(space: gym.Space, action: Array) -> Array:
     return ((high + low) / 2 + (high - low) / 2 * action).clip(space.low, space.high)
 
 
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """An environment of Gymnasium; observations are flat, [D]."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -145,7 +144,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs, video_dir=None):
     """S x N environments, of which the first is filmed."""
     make_vector = partial(gym.vector.AsyncVectorEnv, context="spawn") if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, args, video_dir)] + [partial(make_env, args)] * (args.num_seeds * num_envs - 1)
@@ -155,25 +154,25 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
 class GymnaxEnv:
     """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
 
-    def __init__(self, name: str):
+    def __init__(self, name):
         import gymnax
 
         self.env, self.params = gymnax.make(name)
         self.action_space = gymnax.environments.spaces.gymnax_space_to_gym_space(self.env.action_space(self.params))
-        self.max_steps = int(self.params.max_steps_in_episode)  # time limit; --max-episode-steps sets it
+        self.max_steps = int(self.params.max_steps_in_episode)  # --max-episode-steps sets it
 
-    def reset(self, key: Array) -> tuple[Any, Array]:  # state, obs [D]
+    def reset(self, key):  # -> state, obs [D]
         obs, state = self.env.reset_env(key, self.params)
         return state, obs.ravel()
 
-    def step(self, key: Array, state: Any, action: Array) -> tuple:  # state, obs [D], reward, terminated, truncated
+    def step(self, key, state, action):  # -> state, obs [D], reward, terminated, truncated
         obs, state, reward, terminated, _ = self.env.step_env(key, state, action, self.params)
         return state, obs.ravel(), reward, terminated, state.time >= self.max_steps
 
 
-def make_jax_env(args: Args) -> Any:
+def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # too late if JAX runs already, as it does from the import of gymnax on
+    with suppress(RuntimeError):  # too late if JAX runs already, as from the import of gymnax on
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
@@ -193,7 +192,7 @@ def make_jax_env(args: Args) -> Any:
 
 
 # ==== Networks ====
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for size in sizes[:-1]:
@@ -208,10 +207,10 @@ class RunningMeanStd(NamedTuple):
     var: Array
     count: Array
 
-    def normalize(self, x: Array) -> Array:
+    def normalize(self, x):
         return ((x - self.mean) / jnp.sqrt(self.var + 1e-8)).clip(-10, 10)
 
-    def update(self, x: Array) -> "RunningMeanStd":
+    def update(self, x):
         mean, rows = jax.lax.pmean(x.mean(0), "devices"), jax.lax.psum(len(x), "devices")
         delta, w = mean - self.mean, rows / (self.count + rows)  # w: the share of the new rows
         var = (1 - w) * self.var + w * jax.lax.pmean(((x - mean) ** 2).mean(0), "devices") + w * (1 - w) * delta**2
@@ -233,18 +232,18 @@ class Agent(nn.Module):
         self.critic = mlp((*self.args.hidden_sizes, 1), self.args.activation, gain=1.0)
         self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (action_size,))
 
-    def value(self, obs: Array) -> Array:
+    def value(self, obs):
         """V(s): [..., D] -> [...]."""
         return self.critic(obs).squeeze(-1)
 
-    def act(self, obs: Array, key: Array, greedy: bool = False) -> Array:
+    def act(self, obs, key, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(obs)
         if self.discrete:
             return out.argmax(-1) if greedy else jax.random.categorical(key, out)
         return out if greedy else out + jnp.exp(self.log_std) * jax.random.normal(key, out.shape)
 
-    def log_prob(self, obs: Array, action: Array) -> tuple[Array, Array]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(obs)
         if self.discrete:
@@ -285,9 +284,7 @@ class State(NamedTuple):
 
 
 # ==== Math ====
-def gae(
-    reward: Array, value: Array, next_value: Array, terminated: Array, done: Array, gamma: float, gae_lambda: float
-) -> Array:
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -301,7 +298,7 @@ def gae(
     return jax.lax.scan(step_back, jnp.zeros_like(delta[0]), (delta, done), reverse=True, unroll=8)[1]
 
 
-def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> tuple[Array, Array]:
+def running_returns(reward, done, carry, gamma):
     """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
 
     def step_on(carry, now):
@@ -314,38 +311,38 @@ def running_returns(reward: Array, done: Array, carry: Array, gamma: float) -> t
     return ret, carry
 
 
-def policy_loss(logp: Array, logp_old: Array, adv: Array, clip_coef: float) -> Array:
+def policy_loss(logp, logp_old, adv, clip_coef):
     """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = jnp.exp(logp - logp_old)
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
     return -jnp.minimum(ratio * adv, ratio.clip(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
-def value_loss(value: Array, value_old: Array, ret: Array, clip_coef: float | None) -> Array:
+def value_loss(value, value_old, ret, clip_coef):
     """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
+    if clip_coef is not None:  # in the authors' code, not in the paper: the worse of the value and the clipped value
         clipped = value_old + (value - value_old).clip(-clip_coef, clip_coef)
         error = jnp.maximum(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
 
 
-def approx_kl(logp: Array, logp_old: Array) -> Array:
+def approx_kl(logp, logp_old):
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
     # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
     return (jnp.expm1(logp - logp_old) - (logp - logp_old)).mean()
 
 
 # ==== Rollout ====
-def act(state: State, obs: Array, key: Array, agent: Agent, args: Args, greedy: bool = False) -> Array:
-    """Actions of the agent in `state`: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
+def act(state: State, obs, key, agent: Agent, args: Args, greedy=False):
+    """Actions of the agent in `state`, see Agent.act."""
     obs = state.obs_stats.normalize(obs) if args.norm_obs else obs
     return agent.bind({"params": state.params}).act(obs, key, greedy)
 
 
-def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[State, Batch]:
-    """Play T steps in every environment. Values and probabilities are computed later, in one pass over the batch."""
+def rollout(state: State, policy, env, num_steps):
+    """Play T steps in every environment. Values and probabilities are computed later, in one pass."""
 
     def play(state, _):
         key, act_key, step_key, reset_key = jax.random.split(state.key, 4)
@@ -362,8 +359,8 @@ def rollout(state: State, policy: Callable, env: Any, num_steps: int) -> tuple[S
     return jax.lax.scan(play, state, length=num_steps)
 
 
-def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, num_steps: int) -> tuple[State, Batch]:
-    """The same in environments of Gymnasium, by Python around a compiled `policy`. Arrays have an axis S in front."""
+def rollout_on_host(state: State, policy, env, num_steps):
+    """The same by Python, in environments of Gymnasium; `policy` is compiled. Arrays have an axis S in front."""
     keys = np.asarray(jax.vmap(partial(jax.random.split, num=num_steps + 1), out_axes=1)(state.key))  # [T + 1, S, 2]
     player = state._replace(opt_state=None, obs=None)  # passing arguments takes time
     rows, shape, obs = [], state.obs.shape, np.concatenate(state.obs)  # [S x N, D]
@@ -384,7 +381,7 @@ def rollout_on_host(state: State, policy: Callable, env: gym.vector.VectorEnv, n
 optimizer = optax.scale_by_adam(eps=1e-5)  # `update` clips the gradients and multiplies by the learning rate
 
 
-def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> tuple[Array, dict[str, Array]]:
+def loss_fn(params, minibatch, agent: Agent, args: Args):
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret, logp_old, value_old = minibatch
     agent = agent.bind({"params": params})
@@ -401,13 +398,13 @@ def loss_fn(params: dict, minibatch: list[Array], agent: Agent, args: Args) -> t
     return loss, metrics
 
 
-def shuffle(key: Array, size: int) -> Array:
-    """A permutation of range(size). Sorts single numbers; jax.random.permutation sorts pairs, far slower on a CPU."""
+def shuffle(key, size):
+    """A permutation of range(size), by sorting single numbers: on a CPU far faster than jax.random.permutation."""
     numbers = jax.random.bits(key, (size,)) // (2 * size) * size + jnp.arange(size, dtype=jnp.uint32)
     return jnp.sort(numbers) % size
 
 
-def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State, dict[str, Array]]:
+def update(state: State, batch: Batch, agent: Agent, args: Args):
     """Epochs of minibatch gradient descent on a batch. Returns also means of what to log."""
     obs, action, reward, next_obs, terminated, done, _ = batch
     if args.norm_obs:
@@ -416,17 +413,12 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         running, carry = running_returns(reward, done, state.running_return, args.gamma)
         state = state._replace(running_return=carry, return_stats=state.return_stats.update(running.reshape(-1, 1)))
         reward = (reward / jnp.sqrt(state.return_stats.var + 1e-8)).clip(-10, 10)
-    old = agent.bind({"params": state.params})
-    value, next_value = old.value(obs), old.value(next_obs)
-    logp, _ = old.log_prob(obs, action)
-    adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
-    ret = adv + value  # V_t^targ, the lambda-return
-    data = [x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value)]
+    logp, _ = agent.bind({"params": state.params}).log_prob(obs, action)
     lr = args.learning_rate * (1 - state.step / args.total_timesteps if args.anneal_lr else 1)
 
-    def descend(learner, rows):
+    def descend(learner, minibatch):
         params, opt_state = learner
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, [x[rows] for x in data], agent, args)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch, agent, args)
         grads, metrics = jax.lax.pmean((grads, metrics), "devices")
         norm = optax.tree.norm(grads)
         grads = optax.tree.scale(jnp.minimum(1, args.max_grad_norm / norm), grads)
@@ -434,8 +426,15 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
         return (optax.tree.add_scale(params, -lr, direction), opt_state), metrics | {"grad_norm": norm}
 
     def epoch(learner, key):
+        critic = agent.bind({"params": learner[0] if args.recompute_adv else state.params})
+        value, next_value = critic.value(obs), critic.value(next_obs)
+        adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
+        ret = adv + value  # V_t^targ, the lambda-return
+        data = [x.reshape(-1, *x.shape[2:]) for x in (obs, action, adv, ret, logp, value)]
         rows = shuffle(key, len(data[0])).reshape(args.num_minibatches, -1)
-        learner, metrics = jax.lax.scan(descend, learner, rows)
+        learner, metrics = jax.lax.scan(descend, learner, [x[rows] for x in data])
+        ret, value = jax.lax.all_gather((ret, value), "devices")
+        metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
         return learner, (learner, jax.tree.map(jnp.mean, metrics))
 
     keys = jax.random.split(state.key, args.update_epochs + 1)
@@ -445,14 +444,12 @@ def update(state: State, batch: Batch, agent: Agent, args: Args) -> tuple[State,
     if args.norm_obs:  # not before: the policy that played has to learn
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
     metrics = jax.tree.map(lambda x: x.mean(where=jnp.arange(len(x)) <= last), metrics)
-    ret, value = jax.lax.all_gather((ret, value), "devices")
-    metrics["explained_variance"] = 1 - (ret - value).var() / (ret.var() + 1e-8)
     return state._replace(params=params, opt_state=opt_state, key=keys[0], step=state.step + args.batch_size), metrics
 
 
 # ==== Training ====
-def start(keys: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
-    """New episodes in N environments for each of S agents, by the agents' keys: env_state and obs, [S, N, ...]."""
+def start(keys, env, num_envs):
+    """New episodes in N environments of each agent, by the agents' keys: env_state and obs, [S, N, ...]."""
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2**31), num_envs))(keys)  # used nowhere else
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())
@@ -460,7 +457,7 @@ def start(keys: Array, env: Any, num_envs: int) -> tuple[Any, Array]:
     return jax.jit(jax.vmap(jax.vmap(env.reset)))(keys)
 
 
-def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
+def init_state(key, env_state, obs, agent: Agent) -> State:
     """An agent before its first step."""
     key, params_key = jax.random.split(key)
     params = agent.init(params_key, obs, method=lambda agent, obs: (agent.actor(obs), agent.critic(obs)))["params"]
@@ -469,7 +466,7 @@ def init_state(key: Array, env_state: Any, obs: Array, agent: Agent) -> State:
     return State(params, optimizer.init(params), *stats, running_return, key, jnp.int32(0), env_state, obs, episode)
 
 
-def evaluate(state: State, agent: Agent, env: Any, args: Args) -> np.ndarray:
+def evaluate(state: State, agent: Agent, env, args: Args):
     """Undiscounted returns of the first episode in each of --eval-episodes fresh environments: [S, eval_episodes]."""
     policy = partial(act, agent=agent, args=args, greedy=not args.eval_sample)
     env_state, obs = start(state.key, env, args.eval_episodes)
@@ -492,11 +489,11 @@ class Result(NamedTuple):
     episode_steps: np.ndarray  # [episodes] the environment step at which each did
     eval_returns: np.ndarray  # [eval_episodes]
     run_dir: Path
-    state: State  # all that training changed, always with an axis S
+    state: State  # always with an axis S
 
 
-def finished(step: int, returns: list[np.ndarray], args: Args) -> bool:
-    """Whether all steps are done, or each agent's full window of returns averages --target-return or more."""
+def finished(step, returns, args: Args):
+    """Whether all steps are done, or each agent's full window of returns averages --target-return."""
     full = args.target_return is not None and all(len(x) >= args.return_window for x in returns)
     solved = full and min(x[-args.return_window :].mean() for x in returns) >= args.target_return
     return step + args.batch_size > args.total_timesteps or solved
@@ -506,7 +503,7 @@ def train(args: Args) -> Result:
     """Train and evaluate. Raises ValueError for unsuitable spaces, FloatingPointError for losses not finite."""
     env = make_jax_env(args) or make_envs(args, args.num_envs)
     on_host = isinstance(env, gym.vector.VectorEnv)
-    devices = jax.devices()[: max(k for k in range(1, jax.device_count() + 1) if args.num_envs % k == 0)]
+    devices = jax.devices()[: math.gcd(args.num_envs, jax.device_count())]
     if jax.process_count() > 1 and len(devices) < jax.device_count():
         raise ValueError(f"--num-envs {args.num_envs}: must be a multiple of the {jax.device_count()} devices")
     if args.cuda and devices[0].platform == "cpu":
@@ -516,14 +513,14 @@ def train(args: Args) -> Result:
     # one by one: a batch of QR decompositions can deadlock a CPU
     state = jax.lax.map(lambda x: init_state(*x, agent), (keys, *start(keys, env, args.num_envs)))
     leaves, tree = jax.tree.flatten(jax.device_get(state))  # NumPy: weak types would compile every program twice
-    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds  # of each agent's episodes
+    returns, steps = [np.zeros(0)] * args.num_seeds, [np.zeros(0, int)] * args.num_seeds
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     name = broadcast_one_to_all(np.frombuffer(name.encode(), np.uint8))  # process 0's: clocks differ
     run_dir = Path(args.resume or f"runs/{name.tobytes().decode()}")
     if args.resume:
         saved = serialization.msgpack_restore((run_dir / "checkpoint.msgpack").read_bytes())  # runs no code
         if [x.shape for x in saved["leaves"]] != [x.shape for x in leaves]:
-            raise ValueError(f"--resume {run_dir}: its networks or environments have other sizes")
+            raise ValueError(f"--resume {run_dir}: other networks or environments")
         leaves, returns, steps = saved["leaves"], saved["returns"], saved["steps"]
     mesh, split = jax.sharding.Mesh(devices, "devices"), jax.P(None, "devices")  # axes S, N
     spec = State(*[jax.P()] * 7, env_state=split, obs=split, episode=split)._replace(running_return=split)
@@ -542,7 +539,7 @@ def train(args: Args) -> Result:
         state, metrics = learn(state._replace(key=key), batch)  # and learns the same
         return state, (*jax.lax.all_gather((batch.done, batch.episode), "devices", axis=1, tiled=True), metrics)
 
-    # iterations per call: Python and the log take 1 ms for each call, a third of a small iteration
+    # iterations per call: each call costs 1 ms of Python, a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if (args.total_timesteps - step) // args.batch_size % k == 0)
     specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}  # each device has some of the environments
     run = jax.vmap(partial(jax.lax.scan, iterate, length=length))
@@ -550,7 +547,7 @@ def train(args: Args) -> Result:
     main = jax.process_index() == 0
     writer = SummaryWriter(str(run_dir), purge_step=step + 1, write_to_disk=main)
     if main and not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps")
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
@@ -559,21 +556,22 @@ def train(args: Args) -> Result:
         done, episode, metrics = jax.device_get(outcome)
         iteration += length
         if not all(np.isfinite(x).all() for x in metrics.values()):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         for i in range(args.num_seeds):
             ended = np.flatnonzero(done[i])
             returns[i] = np.concatenate([returns[i], episode[i].reshape(-1, 2)[ended, 0]])
             steps[i] = np.concatenate([steps[i], step + (ended // args.num_envs + 1) * args.num_envs])
         step += length * args.batch_size
-        scalars = {f"losses/{name}": x.mean() for name, x in metrics.items()} | {"charts/learning_rate": lr}
-        scalars["charts/SPS"] = args.num_seeds * (step - first_step) / (time.perf_counter() - start_time)
+        writer.add_scalar("charts/learning_rate", lr, step)
+        writer.add_scalar("charts/SPS", args.num_seeds * (step - first_step) / (time.perf_counter() - start_time), step)
+        for name, x in metrics.items():
+            writer.add_scalar(f"losses/{name}", x.mean(), step)
         if done.any():
-            scalars["charts/episodic_return"] = np.mean([x[-args.return_window :].mean() for x in returns if len(x)])
-            scalars["charts/episodic_length"] = episode[done > 0, 1].mean()
-            bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
+            mean_return = np.mean([x[-args.return_window :].mean() for x in returns if len(x)])
+            writer.add_scalar("charts/episodic_return", mean_return, step)
+            writer.add_scalar("charts/episodic_length", episode[done > 0, 1].mean(), step)
+            bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         bar.update(length * args.batch_size)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every < length):
             leaves = process_allgather(jax.tree.leaves(state), tiled=True)
@@ -599,7 +597,7 @@ def train(args: Args) -> Result:
     return Result(params, returns[agents], steps[agents], eval_returns[agents], run_dir, state)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium>=1.1,<1.4", "numpy>=1.26,<3", "tensorboard>=2.18,<3",
-#     "torch>=2.9,<2.14", "tqdm>=4.66,<5", "tyro>=0.9,<2",
+#     "torch>=2.9,<2.14", "tqdm", "tyro>=0.9,<2",
 # ]
 # ///
 """Proximal policy optimisation (PPO) in PyTorch by several processes at once: ppo.py plus torch.distributed.
@@ -19,7 +19,7 @@ With one rank this is ppo.py to the last bit.
 
 A program that calls `train` ends with torch.distributed.destroy_process_group().
 
-[1] Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438
+[1] Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
 Shapes: T = num_steps, N = num_envs of one rank (of all ranks in the flags); D and A are the sizes of an observation and
@@ -35,8 +35,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,7 +57,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:Id imports the module first
     seed: int = 1  # fixes every random number
     total_timesteps: int = 200_000  # environment steps in all
-    cuda: bool = False  # use the GPU; with few environments the CPU is faster
+    cuda: bool = False  # use the GPU; with few environments it is slower
     compile: bool = False  # compile the loss: slow to start, then faster
     async_envs: bool = False  # a process for each environment
     capture_video: bool = False  # record the evaluation to <run folder>/videos
@@ -83,6 +82,7 @@ class Args:
     clip_coef: float = 0.2  # eps: a ratio further than this from 1 gains nothing
     clip_vloss: bool = False  # clip the change of the value, too
     target_kl: float | None = None  # end the update after an epoch of a larger KL
+    recompute_adv: bool = False  # new advantages in each epoch (arXiv:2006.05990)
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # of the gradient; longer ones are scaled down
@@ -95,7 +95,7 @@ class Args:
 
     def __post_init__(self):
         """Raise ValueError for what cannot work; tyro shows it without a traceback."""
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():
             positive = name.startswith("num_") or name in ("update_epochs", "return_window", "max_episode_steps")
             low, high = int(positive), 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and name != "target_return" and not low <= value <= high:
@@ -115,7 +115,7 @@ class Args:
 
 
 # ==== Environment ====
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir=None):
     """Observations are flat, [D]. Discrete actions count from 0; Box actions are scaled from [-1, 1] and clipped."""
     env = gym.make(args.env_id, args.max_episode_steps, **({"render_mode": "rgb_array"} if video_dir else {}))
     if video_dir:
@@ -134,14 +134,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 
 
 # ==== Networks ====
-def gather(x: Tensor, dim: int = 0) -> Tensor:
+def gather(x, dim=0):
     """What all ranks have in place of x, one after the other along `dim`."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts, dim)
 
 
-def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
+def mlp(sizes, activation, gain):
     """Linear layers, zero biases, orthogonal weights of gain sqrt 2, in the last layer `gain`."""
     layers = []
     for n_in, n_out in zip(sizes, sizes[1:]):
@@ -155,16 +155,16 @@ def mlp(sizes: tuple[int, ...], activation: str, gain: float) -> nn.Sequential:
 class RunningMeanStd(nn.Module):
     """Mean and variance of the rows seen, merged a batch at a time (Chan et al. 1979)."""
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros(()))
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x):
         x = gather(x)
         delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
         self.mean += w * delta
@@ -175,7 +175,7 @@ class RunningMeanStd(nn.Module):
 class Agent(nn.Module):
     """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+    def __init__(self, envs, args: Args):
         super().__init__()
         space, obs_size = envs.single_action_space, envs.single_observation_space.shape[0]
         self.discrete = isinstance(space, gym.spaces.Discrete)
@@ -188,21 +188,21 @@ class Agent(nn.Module):
         self.return_stats = RunningMeanStd(1)
         self.running_return = 0.0  # the carry of `running_returns`
 
-    def normalize(self, obs: Tensor) -> Tensor:
+    def normalize(self, obs):
         return self.obs_stats.normalize(obs) if self.norm_obs else obs
 
-    def value(self, obs: Tensor) -> Tensor:
+    def value(self, obs):
         """V(s): [..., D] -> [...]."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
-    def act(self, obs: Tensor, greedy: bool = False) -> Tensor:
+    def act(self, obs, greedy=False):
         """A sampled action, or the most likely one: [..., D] -> [...] (Discrete) or [..., A] (Box)."""
         out = self.actor(self.normalize(obs))
         if self.discrete:  # Gumbel-max: logits plus Gumbel noise, -log(exponential), are largest at a softmax sample
             return (out if greedy else out - torch.empty_like(out).exponential_().log()).argmax(-1)
         return out if greedy else out + self.log_std.exp() * torch.randn_like(out)
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob(self, obs, action):
         """log pi(a|s) and the entropy of pi(.|s), in nats: [..., D], [...] or [..., A] -> [...], [...]."""
         out = self.actor(self.normalize(obs))
         if self.discrete:
@@ -227,9 +227,7 @@ class Batch(NamedTuple):
 
 
 # ==== Math ====
-def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimates: all [T, N] -> [T, N]. `next_value` is V of the true successor."""
     # delta_t = R_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)    [1, sec. 3]
     delta = reward + gamma * (1 - terminated) * next_value - value
@@ -241,7 +239,7 @@ def gae(
     return torch.stack(adv[1:][::-1])
 
 
-def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def running_returns(reward, done, carry, gamma):
     """Sum of each episode's rewards up to each step, older ones discounted, [T, N], and the next `carry`, [N]."""
     ret = []
     for reward_t, done_t in zip(reward.unbind(), done.unbind()):
@@ -251,24 +249,24 @@ def running_returns(reward: Tensor, done: Tensor, carry: Tensor, gamma: float) -
     return torch.stack(ret), carry
 
 
-def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, clip_coef: float) -> Tensor:
+def policy_loss(logp, logp_old, adv, clip_coef):
     """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = (logp - logp_old).exp()
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
-def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, clip_coef: float | None) -> Tensor:
+def value_loss(value, value_old, ret, clip_coef):
     """Half the mean squared error: [...] -> scalar."""
     # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:  # not in the paper but in its authors' code: the worse of the value and the clipped value
+    if clip_coef is not None:  # in the authors' code, not in the paper: the worse of the value and the clipped value
         clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
 
 
-def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
+def approx_kl(logp, logp_old):
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
     # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
     return ((logp - logp_old).expm1() - (logp - logp_old)).mean()
@@ -276,7 +274,7 @@ def approx_kl(logp: Tensor, logp_old: Tensor) -> Tensor:
 
 # ==== Rollout ====
 @torch.inference_mode()
-def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Args) -> tuple[Batch, np.ndarray]:
+def rollout(agent: Agent, envs, obs, args: Args):
     """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
     computed here, all else that the update needs afterwards in one pass over the batch."""
     device, rows = next(agent.parameters()).device, []
@@ -293,7 +291,7 @@ def rollout(agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, args: Arg
 
 
 # ==== Update ====
-def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_fn(agent: Agent, minibatch, args: Args):
     """Loss of a minibatch, and what to log."""
     obs, action, adv, ret, logp_old, value_old = minibatch
     logp, entropy = agent.log_prob(obs, action)
@@ -309,7 +307,7 @@ def loss_fn(agent: Agent, minibatch: tuple[Tensor, ...], args: Args) -> tuple[Te
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: Batch, args: Args) -> dict[str, float]:
+def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
     """Epochs of minibatch gradient descent on a batch. Returns means of what to log."""
     device = next(agent.parameters()).device
     obs, action, reward, next_obs, terminated, done, _ = (torch.as_tensor(x, device=device) for x in batch)
@@ -318,13 +316,16 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             running, agent.running_return = running_returns(reward, done, agent.running_return, args.gamma)
             agent.return_stats.update(running.reshape(-1, 1))
             reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
-        value, next_value = agent.value(obs), agent.value(next_obs)
         logp, _ = agent.log_prob(obs, action)
-        adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
-        ret = adv + value  # V_t^targ, the lambda-return
-    data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
     history = []
     for _ in range(args.update_epochs):
+        if not history or args.recompute_adv:
+            with torch.no_grad():
+                value, next_value = agent.value(obs), agent.value(next_obs)
+                adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
+            ret = adv + value  # V_t^targ, the lambda-return
+            data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
+        explained = 1 - (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
         order = torch.randperm(args.batch_size, device=device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in data)):
             loss, metrics = loss_fn(agent, minibatch, args)
@@ -337,21 +338,18 @@ def update(agent: Agent, optimizer: torch.optim.Adam, loss_fn: Callable, batch: 
             nn.utils.vector_to_parameters(total / dist.get_world_size(), shared)
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            history.append(metrics)
+            history.append(metrics | {"explained_variance": explained})
         kl = torch.stack([x["approx_kl"] for x in history[-args.num_minibatches :]]).mean()
         if args.target_kl and kl > args.target_kl:
             break
     if args.norm_obs:  # not before: the policy that played has to learn
         agent.obs_stats.update(obs.flatten(0, 1))
-    metrics = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
-    ret, value = gather(ret), gather(value)
-    unexplained = (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
-    return metrics | {"explained_variance": 1 - unexplained.item()}
+    return {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
 
 
 # ==== Training ====
 @torch.inference_mode()
-def evaluate(agent: Agent, env: gym.Env, args: Args) -> np.ndarray:
+def evaluate(agent: Agent, env, args: Args):
     """Undiscounted returns of episodes from seeds that training never uses."""
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
@@ -376,7 +374,7 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-def finished(step: int, returns: list[float], args: Args) -> bool:
+def finished(step, returns, args: Args):
     """Whether all steps are done, or a full window of returns averages --target-return."""
     full = args.target_return is not None and len(returns) >= args.return_window
     solved = full and np.mean(returns[-args.return_window :]) >= args.target_return
@@ -393,7 +391,7 @@ def train(args: Args) -> Result:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if args.num_envs % ranks:
         raise ValueError(f"--num-envs {args.num_envs}: must be a multiple of the {ranks} ranks")
-    share = Args(**asdict(args) | {"num_envs": args.num_envs // ranks})
+    share = Args(**vars(args) | {"num_envs": args.num_envs // ranks})
     if args.cuda and device.type == "cpu" and rank == 0:
         print("warning: --cuda: no GPU found, training on the CPU")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small networks gain nothing from more
@@ -420,7 +418,7 @@ def train(args: Args) -> Result:
     eval_env = make_env(args, run_dir / "videos" if args.capture_video and rank == 0 else None)
     writer = SummaryWriter(run_dir, purge_step=step + 1) if rank == 0 else None
     if rank == 0 and not finished(step, returns, args):
-        (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"resume": None}, indent=4))
+        (run_dir / "args.json").write_text(json.dumps(vars(args) | {"resume": None}, indent=4))
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=rank > 0 or None)  # None: on a terminal
     iteration, first_step, start_time = 0, step, time.perf_counter()
     while not finished(step, returns, args):
@@ -430,7 +428,7 @@ def train(args: Args) -> Result:
         metrics = update(agent, optimizer, loss, batch, share)
         iteration += 1
         if not math.isfinite(sum(metrics.values())):
-            raise FloatingPointError(f"iteration {iteration}: {metrics}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"iteration {iteration}: {metrics}; last checkpoint in {run_dir}")
 
         done, episode = (gather(torch.tensor(x, device=device), 1).cpu().numpy() for x in (batch.done, batch.episode))
         batch = batch._replace(done=done, episode=episode)  # of all ranks
@@ -469,7 +467,7 @@ def train(args: Args) -> Result:
     return Result(agent, np.array(returns), np.array(steps, int), eval_returns, run_dir)
 
 
-def saved_args(run_dir: Path) -> Args:
+def saved_args(run_dir) -> Args:
     """The flags that resume a run: train(saved_args(run_dir))."""
     flags = json.loads(Path(run_dir, "args.json").read_text())
     return Args(**flags | {"hidden_sizes": tuple(flags["hidden_sizes"]), "resume": run_dir})

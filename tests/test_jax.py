@@ -41,8 +41,7 @@ def idle(state, obs, key):
 
 @pytest.mark.parametrize(("script", "limit"), [("vpg_advantage_jax", None), ("ppo_jax", 3)])
 def test_no_row_joins_two_episodes(script, limit):
-    """The sentinel of a reset is never a successor, and rows go on where the last one, also of the batch before,
-    stopped; episodes end where the environment, or --max-episode-steps, ends them."""
+    """As in test_update.py; every reset has its own key, and --max-episode-steps ends episodes."""
     module = importlib.import_module(script)
     env = module.make_jax_env(module.Args(env_id=TOY + "Ledger", max_episode_steps=limit))
     env_state, obs = jax.tree.map(lambda x: x[0], module.start(jax.random.PRNGKey(0)[None], env, 4))
@@ -57,16 +56,15 @@ def test_no_row_joins_two_episodes(script, limit):
     assert np.array_equal(reward, 100 * episode + length)
     assert np.array_equal((next_obs[:-1] == obs[1:]).all(-1), ~done[:-1])
     assert np.array_equal(obs[1:, :, 0] == RESET, done[:-1])
-    assert {*episode[now == 0]} == {*range(7)} and len({*map(tuple, episode.T)}) == 4  # every reset has its own key
+    assert {*episode[now == 0]} == {*range(7)} and len({*map(tuple, episode.T)}) == 4
 
     natural = length == 1 + 3 * episode % 7
     truncated = (natural & (episode % 3 != 0)) | (length == (limit or 5))
     assert np.array_equal(terminated, natural & (episode % 3 != 1))
     assert np.array_equal(done, terminated | truncated)
     assert {*zip(terminated.flat, truncated.flat)} == {(0, 0), (1, 0), (0, 1), (1, 1)}
-    assert np.array_equal(
-        played[done], np.stack([100 * episode * length + length * (length + 1) / 2, length], -1)[done]
-    )
+    returns = 100 * episode * length + length * (length + 1) / 2
+    assert np.array_equal(played[done], np.stack([returns, length], -1)[done])
 
 
 def test_reinforce_plays_one_whole_episode_per_environment():
@@ -117,8 +115,8 @@ def test_actions(script):
 
 @each_script
 def test_sampled_actions(script):
-    """From the softmax of logits / temperature, or a Gaussian of the policy's mean and deviation, of observations that
-    are standardised where that is asked for: 50,000 draws, fixed seed."""
+    """From the softmax of logits / temperature, or independent Gaussians, with observations standardised where that is
+    asked for: 50,000 draws, fixed seed."""
     module, key, n = importlib.import_module(script), jax.random.PRNGKey(0), 50_000
     args = module.Args(hidden_sizes=(), **{"temperature": 0.5} if script == "reinforce_jax" else {"norm_obs": True})
     logits, std = np.array([0.0, 1.0, -0.5]), np.array([0.3, 0.5, 2])
@@ -176,7 +174,7 @@ def test_each_agent_follows_its_single_run(script, env_backend):
 
 @pytest.mark.parametrize("script", slow_but(("reinforce_jax",)))
 def test_resume_of_several_agents(script):
-    """To the last bit, though the iterations of a call are 5 in one piece, 3 and then 2 in two."""
+    """To the last bit, though a call has 5 iterations in one run, 3 and then 2 in the other."""
     module, flags = importlib.import_module(script), {"num_seeds": 3, "anneal_lr": False}
     whole, part = (run(script, **flags, total_timesteps=steps) for steps in (640, 384))
     result = module.train(dataclasses.replace(module.saved_args(part.run_dir), total_timesteps=640))

@@ -17,14 +17,14 @@ CEILINGS = {  # lines, characters
     "vpg_advantage": (430, 23_000),
     "ppo": (450, 24_500),
     "reinforce_jax": (480, 26_000),
-    "vpg_advantage_jax": (565, 31_200),
-    "ppo_jax": (581, 32_700),
+    "vpg_advantage_jax": (560, 30_000),
+    "ppo_jax": (580, 31_500),
 }
 CHANGED = {  # lines that diff marks, docstrings apart
     ("vpg_advantage", "ppo"): 60,
     ("vpg_advantage_jax", "ppo_jax"): 60,
     ("reinforce", "vpg_advantage"): 220,
-    ("reinforce_jax", "vpg_advantage_jax"): 325,
+    ("reinforce_jax", "vpg_advantage_jax"): 331,
     ("ppo", "ppo_jax"): 600,
 }
 SCRIPTS = tuple(CEILINGS)
@@ -38,17 +38,6 @@ OWN_DEFAULT = {"total_timesteps", "learning_rate", "num_steps", "gamma", "gae_la
 OWN_DEFAULT |= {"num_minibatches", "update_epochs", "norm_adv", "norm_reward"}
 OWN_HELP = {"env_id", "num_envs"}
 SECTIONS = ["Environment", "Networks", "Data", "Math", "Rollout", "Update", "Training"]
-GAE = ["reward", "value", "next_value", "terminated", "done", "gamma", "gae_lambda"]
-SIGNATURES = {  # which programs beyond this repository may call
-    "reinforce": {"discounted_returns": ["reward", "done", "gamma"], "policy_loss": ["logp", "ret", "mask"]},
-    "vpg_advantage": {"gae": GAE, "policy_loss": ["logp", "adv"], "value_loss": ["value", "ret"]},
-    "ppo": {
-        "gae": GAE,
-        "policy_loss": ["logp", "logp_old", "adv", "clip_coef"],
-        "value_loss": ["value", "value_old", "ret", "clip_coef"],
-        "approx_kl": ["logp", "logp_old"],
-    },
-}
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -129,7 +118,6 @@ def nesting(node: ast.AST) -> int:
 @each_script
 def test_flat(script):
     assert nesting(TREE[script]) <= 2
-    assert nesting(ast.parse("def f():\n def g():\n  def h(): pass")) == 3  # the ruler
 
 
 # ==== The same ====
@@ -161,15 +149,6 @@ def test_shared_flags():
         assert [n for n in ours if n not in TORCH_ONLY] == [n for n in theirs if n not in JAX_ONLY]
         assert {n: ours[n][1] for n in ours.keys() & theirs} == {n: theirs[n][1] for n in ours.keys() & theirs}
         assert not JAX_ONLY & ours.keys() and not TORCH_ONLY & theirs.keys()
-
-
-@each_script
-def test_signatures(script):
-    functions = {x.name: [a.arg for a in x.args.args] for x in TREE[script].body if isinstance(x, ast.FunctionDef)}
-    expected = SIGNATURES[script.removesuffix("_jax")] | {"train": ["args"], "saved_args": ["run_dir"]}
-    assert {name: functions.get(name) for name in expected} == expected
-    names = [name.partition(".")[2] for name in definitions(script) if name.startswith("Result.")]
-    assert names[:5] == ["agent", "episode_returns", "episode_steps", "eval_returns", "run_dir"]
 
 
 # ==== Alone ====

@@ -8,13 +8,9 @@ RESET = -1000.0
 
 
 class Ledger(gym.Env):
-    """Every number of a transition says where it came from: observations (RESET or 0, episode, step), rewards
-    100 * episode + step, actions ignored.
-
-    Without `length`, episode e takes 1 + 3 e mod 7 steps; it is terminated if e mod 3 is 0, truncated if 1, both if 2.
-    The seed chooses the first episode, so that environments side by side get out of step. Every observation is the same
-    array, written over.
-    """
+    """Observations (RESET or 0, episode, step) in an array that is written over, rewards 100 * episode + step, actions
+    ignored. The seed chooses the first episode. Without `length`, episode e takes 1 + 3 e mod 7 steps; it is terminated
+    if e mod 3 is 0, truncated if 1, both if 2."""
 
     observation_space = Box(-np.inf, np.inf, (3,))
     action_space = Discrete(2)
@@ -81,8 +77,7 @@ class Probe(gym.Env):
 
 
 class Toy(gym.Env):
-    """Random observations of any space, reward 1, 20 steps. Takes no `render_mode`, looks its action up in a dict, and
-    refuses actions outside its space."""
+    """Random observations of any space, reward 1, 20 steps; refuses actions outside its space."""
 
     def __init__(self, observation_space=Probe.observation_space, action_space=None):
         self.observation_space, self.action_space = observation_space, action_space or Discrete(2)
@@ -95,8 +90,6 @@ class Toy(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
-        if isinstance(self.action_space, Discrete):
-            self.action_space.start + {a: 0 for a in range(10)}[action]
         self.now += 1
         reward = float("nan") if self.spec.name == "NanReward" and self.now == 15 else 1.0
         return self.observation_space.sample(), reward, self.now == 20, False, {}
