@@ -40,14 +40,15 @@ KEYS = {"speed": ["comparison"], "scaling": ["script", "num_envs"], "defaults": 
 
 
 def ours(script: str, flags: list[str]) -> list:
-    """Train by one of the six scripts. Returns its marks: (time, environment steps done) at the ends of updates."""
-    module, marks = importlib.import_module(script), []
+    """Train by a script. Returns its marks: (time, environment steps done) at the ends of updates."""
+    module, marks = importlib.import_module(script.replace("/", ".")), []
     args = tyro.cli(module.Args, args=flags)
 
     class Recorder(tqdm):
         def update(self, n=1):
             super().update(n)
-            marks.append((time.time(), self.n * getattr(args, "num_seeds", 1)))
+            done = marks[-1][1] if marks else 0
+            marks.append((time.time(), done + n * getattr(args, "num_seeds", 1)))
 
     module.tqdm = Recorder
     module.train(args)
@@ -61,12 +62,14 @@ def worker(cores: str, program: str, *flags: str) -> None:
         marks = ours(program.removesuffix(".py"), flags)
     else:
         marks = tyro.cli(getattr(importlib.import_module("benchmarks.peers"), program), args=flags)
-    print("\n" + json.dumps([marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    if marks:  # of torchrun's processes the first one
+        print("\n" + json.dumps([marks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 
 
 def measure(command: str, cores: int) -> dict[str, float]:
     """Run a program in a process. Returns start and total [s], speed [steps/s] and memory [MB, at the peak]."""
-    line = [sys.executable, __file__, "--worker", str(cores), *shlex.split(command)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(cores)] if "torchrun" in command else []
+    line = [sys.executable, *torchrun, __file__, "--worker", str(cores), *shlex.split(command)]
     env = os.environ | {"TQDM_DISABLE": ""} | ({"OMP_NUM_THREADS": "1"} if cores == 1 else {})
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
