@@ -57,7 +57,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
     resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
-    eval_sample: bool = False  # with sampled, not the most likely actions
+    eval_sample: bool = False  # sample the actions of the evaluation
     return_window: int = 100  # episodes in the mean return
     target_return: float | None = None  # stop when the mean of a full window reaches this
     learning_rate: float = 2e-3  # step size of Adam
@@ -66,7 +66,7 @@ class Args:
     num_steps: int = 128  # steps of each environment in a batch (T)
     max_episode_steps: int | None = None  # time limit, in place of the environment's own
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 0.9  # from 0, the TD error, to 1, return - value
+    gae_lambda: float = 0.9  # 0: the TD error; 1: return - value
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 6  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
@@ -83,7 +83,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self):
         return self.num_envs * self.num_steps
 
     def __post_init__(self):
@@ -148,7 +148,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def normalize(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clip(-10, 10)
 
     def update(self, x):
         delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
@@ -238,30 +238,30 @@ def policy_loss(logp, logp_old, adv, clip_coef):
     """The clipped surrogate, negated: [...] -> scalar. Where the ratio moved the wrong way, the min undoes the clip."""
     ratio = (logp - logp_old).exp()
     # E_t[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]    [2, eq. 7]
-    return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
+    return -torch.min(ratio * adv, ratio.clip(1 - clip_coef, 1 + clip_coef) * adv).mean()
 
 
 def value_loss(value, value_old, ret, clip_coef):
     """Half the mean squared error: [...] -> scalar."""
-    # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
+    # (V(s_t) - V_t^targ)^2    [2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:  # in the authors' code, not in the paper: the worse of the value and the clipped value
-        clipped = value_old + (value - value_old).clamp(-clip_coef, clip_coef)
+    if clip_coef is not None:  # the authors' code, not the paper: the larger error of the value and the clipped value
+        clipped = value_old + (value - value_old).clip(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
 
 
 def approx_kl(logp, logp_old):
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
-    # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
+    # E[(r - 1) - log r]; expm1 keeps r - 1 exact for r close to 1
     return ((logp - logp_old).expm1() - (logp - logp_old)).mean()
 
 
 # ==== Rollout ====
 @torch.inference_mode()
 def rollout(agent: Agent, envs, obs, args: Args):
-    """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
-    computed here, all else that the update needs afterwards in one pass over the batch."""
+    """Play T steps in every environment from `obs`, [N, D]. Returns the batch and the `obs` to go on from. Values and
+    probabilities are computed later, in one pass."""
     device, rows = next(agent.parameters()).device, []
     for _ in range(args.num_steps):
         action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device)).cpu().numpy()
@@ -299,7 +299,7 @@ def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
         if args.norm_reward:
             running, agent.running_return = running_returns(reward, done, agent.running_return, args.gamma)
             agent.return_stats.update(running.reshape(-1, 1))
-            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clip(-10, 10)
         logp, _ = agent.log_prob(obs, action)
     history = []
     for _ in range(args.update_epochs):
@@ -321,7 +321,7 @@ def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
         kl = torch.stack([x["approx_kl"] for x in history[-args.num_minibatches :]]).mean()
         if args.target_kl and kl > args.target_kl:
             break
-    if args.norm_obs:  # not before: the policy that played has to learn
+    if args.norm_obs:  # only now: the loss must see what the policy saw
         agent.obs_stats.update(obs.flatten(0, 1))
     return {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
 
@@ -333,7 +333,7 @@ def evaluate(agent: Agent, env, args: Args):
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
-        for _ in range(100_000):  # an episode without a time limit could go on for ever
+        for _ in range(10_000):  # an episode without a time limit could go on for ever
             action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device), greedy=not args.eval_sample)
             obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
             returns[i] += reward
@@ -372,7 +372,7 @@ def train(args: Args) -> Result:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
+    step, returns, steps = 0, [], []  # returns of episodes, steps at their ends
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
@@ -407,8 +407,8 @@ def train(args: Args) -> Result:
         step += args.batch_size
         writer.add_scalar("charts/learning_rate", lr, step)
         writer.add_scalar("charts/SPS", (step - first_step) / (time.perf_counter() - start_time), step)
-        for name, value in metrics.items():
-            writer.add_scalar(f"losses/{name}", value, step)
+        for name, x in metrics.items():
+            writer.add_scalar(f"losses/{name}", x, step)
         bar.set_postfix_str(f"return {np.mean(returns[-args.return_window :] or [math.nan]):.1f}", refresh=False)
         bar.update(args.batch_size)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every == 0):

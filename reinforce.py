@@ -62,7 +62,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
     resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
-    eval_sample: bool = False  # with sampled, not the most likely actions
+    eval_sample: bool = False  # sample the actions of the evaluation
     return_window: int = 100  # episodes in the mean return
     target_return: float | None = None  # stop when the mean of a full window reaches this
     learning_rate: float = 3e-3  # step size of Adam
@@ -237,7 +237,7 @@ def evaluate(agent: Agent, env, args: Args):
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
-        for _ in range(100_000):  # an episode without a time limit could go on for ever
+        for _ in range(10_000):  # an episode without a time limit could go on for ever
             action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device), greedy=not args.eval_sample)
             obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
             returns[i] += reward
@@ -276,7 +276,7 @@ def train(args: Args) -> Result:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
+    step, returns, steps = 0, [], []  # returns of episodes, steps at their ends
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
@@ -311,8 +311,8 @@ def train(args: Args) -> Result:
         step += int(batch.mask.sum())
         writer.add_scalar("charts/learning_rate", lr, step)
         writer.add_scalar("charts/SPS", (step - first_step) / (time.perf_counter() - start_time), step)
-        for name, value in metrics.items():
-            writer.add_scalar(f"losses/{name}", value, step)
+        for name, x in metrics.items():
+            writer.add_scalar(f"losses/{name}", x, step)
         bar.set_postfix_str(f"return {np.mean(returns[-args.return_window :] or [math.nan]):.1f}", refresh=False)
         bar.update(int(batch.mask.sum()))
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every == 0):

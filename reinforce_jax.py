@@ -61,7 +61,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium or gymnax id; module:Id imports the module first
     env_backend: Literal["auto", "jax", "gymnasium"] = "auto"  # auto: in the compiled program where possible
     seed: int = 1  # fixes every random number
-    num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
+    num_seeds: int = 1  # independent runs in one program, of seed, seed + 1, ... (S)
     total_timesteps: int = 300_000  # environment steps in all
     cuda: bool = False  # use the GPU; with few environments it is slower
     async_envs: bool = False  # a process for each environment
@@ -69,7 +69,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
     resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
-    eval_sample: bool = False  # with sampled, not the most likely actions
+    eval_sample: bool = False  # sample the actions of the evaluation
     return_window: int = 100  # episodes in the mean return
     target_return: float | None = None  # stop when the mean of a full window reaches this
     learning_rate: float = 3e-3  # step size of Adam
@@ -134,7 +134,7 @@ def make_envs(args: Args, num_envs, video_dir=None):
 
 
 class GymnaxEnv:
-    """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
+    """An environment of gymnax. Any class with these members will do: pure, of one environment, without autoreset."""
 
     def __init__(self, name):
         import gymnax
@@ -154,8 +154,8 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # too late if JAX runs already, as from the import of gymnax on
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
+    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
         return None
@@ -218,7 +218,7 @@ class Batch(NamedTuple):
     """What one rollout saw."""
 
     obs: Array  # [T, N, D]
-    action: Array  # [T, N] or [T, N, A], as sampled: the environment clips it
+    action: Array  # [T, N] or [T, N, A], as sampled, before `to_env`
     reward: Array  # [T, N]
     done: Array  # [T, N] the episode ended here
     mask: Array  # [T, N] 1 up to that step, inclusive, 0 after it
@@ -390,7 +390,7 @@ def train(args: Args) -> Result:
     step, video_dir = int(state.step.min()), run_dir / "videos" if args.capture_video else None
     eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env  # gymnax makes no videos
     play, policy, learn = rollout, partial(act, agent=agent), partial(update, agent=agent, args=args)
-    if on_host:
+    if on_host:  # its episodes are not in a checkpoint
         play, policy, learn = rollout_on_host, jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
 
     def iterate(state):

@@ -57,7 +57,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
     resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
-    eval_sample: bool = False  # with sampled, not the most likely actions
+    eval_sample: bool = False  # sample the actions of the evaluation
     return_window: int = 100  # episodes in the mean return
     target_return: float | None = None  # stop when the mean of a full window reaches this
     learning_rate: float = 3e-3  # step size of Adam
@@ -66,7 +66,7 @@ class Args:
     num_steps: int = 64  # steps of each environment in a batch (T)
     max_episode_steps: int | None = None  # time limit, in place of the environment's own
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 0.99  # from 0, the TD error, to 1, return - value
+    gae_lambda: float = 0.99  # 0: the TD error; 1: return - value
     num_minibatches: int = 1  # minibatches per epoch
     update_epochs: int = 1  # passes over each batch
     norm_adv: bool = False  # standardise the advantages of each minibatch
@@ -79,7 +79,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self):
         return self.num_envs * self.num_steps
 
     def __post_init__(self):
@@ -144,7 +144,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def normalize(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clip(-10, 10)
 
     def update(self, x):
         delta, w = x.mean(0) - self.mean, len(x) / (self.count + len(x))  # w: the share of the new rows
@@ -238,7 +238,7 @@ def policy_loss(logp, adv):
 
 def value_loss(value, ret):
     """Half the mean squared error: [...] -> scalar."""
-    # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
+    # (V(s_t) - V_t^targ)^2    [2, eq. 9]
     error = (value - ret) ** 2
     return 0.5 * error.mean()
 
@@ -246,8 +246,8 @@ def value_loss(value, ret):
 # ==== Rollout ====
 @torch.inference_mode()
 def rollout(agent: Agent, envs, obs, args: Args):
-    """Play T steps in every environment from `obs`, [N, D]; returns also the ones to go on from. Only actions are
-    computed here, all else that the update needs afterwards in one pass over the batch."""
+    """Play T steps in every environment from `obs`, [N, D]. Returns the batch and the `obs` to go on from. Values and
+    probabilities are computed later, in one pass."""
     device, rows = next(agent.parameters()).device, []
     for _ in range(args.num_steps):
         action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device)).cpu().numpy()
@@ -283,7 +283,7 @@ def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
         if args.norm_reward:
             running, agent.running_return = running_returns(reward, done, agent.running_return, args.gamma)
             agent.return_stats.update(running.reshape(-1, 1))
-            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
+            reward = (reward / (agent.return_stats.var + 1e-8).sqrt()).clip(-10, 10)
         value, next_value = agent.value(obs), agent.value(next_obs)
         adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
         ret = adv + value  # V_t^targ, the lambda-return
@@ -299,7 +299,7 @@ def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(metrics | {"explained_variance": explained})
-    if args.norm_obs:  # not before: the policy that played has to learn
+    if args.norm_obs:  # only now: the loss must see what the policy saw
         agent.obs_stats.update(obs.flatten(0, 1))
     return {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
 
@@ -311,7 +311,7 @@ def evaluate(agent: Agent, env, args: Args):
     device, returns = next(agent.parameters()).device, np.zeros(args.eval_episodes)
     for i, seed in enumerate(np.random.SeedSequence([args.seed, 2**32]).generate_state(args.eval_episodes).tolist()):
         obs, _ = env.reset(seed=seed)
-        for _ in range(100_000):  # an episode without a time limit could go on for ever
+        for _ in range(10_000):  # an episode without a time limit could go on for ever
             action = agent.act(torch.as_tensor(obs.astype(np.float32), device=device), greedy=not args.eval_sample)
             obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
             returns[i] += reward
@@ -350,7 +350,7 @@ def train(args: Args) -> Result:
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     loss = torch.compile(loss_fn) if args.compile else loss_fn
-    step, returns, steps = 0, [], []  # of the episodes: returns, steps at their ends
+    step, returns, steps = 0, [], []  # returns of episodes, steps at their ends
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or f"runs/{name}")
     if args.resume:
@@ -385,8 +385,8 @@ def train(args: Args) -> Result:
         step += args.batch_size
         writer.add_scalar("charts/learning_rate", lr, step)
         writer.add_scalar("charts/SPS", (step - first_step) / (time.perf_counter() - start_time), step)
-        for name, value in metrics.items():
-            writer.add_scalar(f"losses/{name}", value, step)
+        for name, x in metrics.items():
+            writer.add_scalar(f"losses/{name}", x, step)
         bar.set_postfix_str(f"return {np.mean(returns[-args.return_window :] or [math.nan]):.1f}", refresh=False)
         bar.update(args.batch_size)
         if finished(step, returns, args) or (args.save_every and iteration % args.save_every == 0):

@@ -65,7 +65,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium or gymnax id; module:Id imports the module first
     env_backend: Literal["jax"] = "jax"  # in the compiled program: others would need a loop for each process
     seed: int = 1  # fixes every random number
-    num_seeds: int = 1  # independent agents in one program, of seed, seed + 1, ... (S)
+    num_seeds: int = 1  # independent runs in one program, of seed, seed + 1, ... (S)
     total_timesteps: int = 200_000  # environment steps in all
     cuda: bool = False  # use the GPU; with few environments it is slower
     async_envs: bool = False  # a process for each environment
@@ -73,7 +73,7 @@ class Args:
     save_every: int = 50  # iterations between checkpoints; 0: only at the end
     resume: Path | None = None  # run folder to continue, or if finished evaluate
     eval_episodes: int = 10  # episodes of the final evaluation
-    eval_sample: bool = False  # with sampled, not the most likely actions
+    eval_sample: bool = False  # sample the actions of the evaluation
     return_window: int = 100  # episodes in the mean return
     target_return: float | None = None  # stop when the mean of a full window reaches this
     learning_rate: float = 2e-3  # step size of Adam
@@ -82,7 +82,7 @@ class Args:
     num_steps: int = 128  # steps of each environment in a batch (T)
     max_episode_steps: int | None = None  # time limit, in place of the environment's own
     gamma: float = 0.98  # discount factor
-    gae_lambda: float = 0.9  # from 0, the TD error, to 1, return - value
+    gae_lambda: float = 0.9  # 0: the TD error; 1: return - value
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 6  # passes over each batch
     norm_adv: bool = True  # standardise the advantages of each minibatch
@@ -99,7 +99,7 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self):
         return self.num_envs * self.num_steps
 
     def __post_init__(self):
@@ -152,7 +152,7 @@ def make_envs(args: Args, num_envs, video_dir=None):
 
 
 class GymnaxEnv:
-    """An environment of gymnax. Any class with these members will do: pure functions, of one that does not reset."""
+    """An environment of gymnax. Any class with these members will do: pure, of one environment, without autoreset."""
 
     def __init__(self, name):
         import gymnax
@@ -172,8 +172,8 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # too late if JAX runs already, as from the import of gymnax on
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # which share the agents
+    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
         place = {"num_processes": int(os.environ["JAX_NUM_PROCESSES"]), "process_id": int(os.environ["JAX_PROCESS_ID"])}
@@ -260,7 +260,7 @@ class Batch(NamedTuple):
     """What one rollout saw."""
 
     obs: Array  # [T, N, D]
-    action: Array  # [T, N] or [T, N, A], as sampled: the environment clips it
+    action: Array  # [T, N] or [T, N, A], as sampled, before `to_env`
     reward: Array  # [T, N]
     next_obs: Array  # [T, N, D] the true successor: at an episode's end its last observation, not the reset's
     terminated: Array  # [T, N] the task itself ended
@@ -320,9 +320,9 @@ def policy_loss(logp, logp_old, adv, clip_coef):
 
 def value_loss(value, value_old, ret, clip_coef):
     """Half the mean squared error: [...] -> scalar."""
-    # (V(s_t) - V_t^targ)^2    [1, eq. 28; 2, eq. 9]
+    # (V(s_t) - V_t^targ)^2    [2, eq. 9]
     error = (value - ret) ** 2
-    if clip_coef is not None:  # in the authors' code, not in the paper: the worse of the value and the clipped value
+    if clip_coef is not None:  # the authors' code, not the paper: the larger error of the value and the clipped value
         clipped = value_old + (value - value_old).clip(-clip_coef, clip_coef)
         error = jnp.maximum(error, (clipped - ret) ** 2)
     return 0.5 * error.mean()
@@ -330,7 +330,7 @@ def value_loss(value, value_old, ret, clip_coef):
 
 def approx_kl(logp, logp_old):
     """KL(pi_old || pi) from samples of pi_old: [...] -> scalar (Schulman 2020, joschu.net/blog/kl-approx.html, k3)."""
-    # E[(r - 1) - log r]; r - 1 by expm1, lest rounding make the mean negative for r close to 1
+    # E[(r - 1) - log r]; expm1 keeps r - 1 exact for r close to 1
     return (jnp.expm1(logp - logp_old) - (logp - logp_old)).mean()
 
 
@@ -441,7 +441,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args):
     _, (learners, metrics) = jax.lax.scan(epoch, (state.params, state.opt_state), keys[1:])
     last = jnp.append(metrics["approx_kl"][:-1] > (args.target_kl or math.inf), True).argmax()  # the epoch to keep
     params, opt_state = jax.tree.map(lambda x: x[last], learners)
-    if args.norm_obs:  # not before: the policy that played has to learn
+    if args.norm_obs:  # only now: the loss must see what the policy saw
         state = state._replace(obs_stats=state.obs_stats.update(batch.obs.reshape(-1, batch.obs.shape[-1])))
     metrics = jax.tree.map(lambda x: x.mean(where=jnp.arange(len(x)) <= last), metrics)
     return state._replace(params=params, opt_state=opt_state, key=keys[0], step=state.step + args.batch_size), metrics
@@ -528,7 +528,7 @@ def train(args: Args) -> Result:
     step, video_dir = int(state.step[0]), run_dir / "videos" if args.capture_video else None
     eval_env = make_envs(args, args.eval_episodes, video_dir) if on_host or video_dir else env  # gymnax makes no videos
     play, policy, learn = rollout, partial(act, agent=agent, args=args), partial(update, agent=agent, args=args)
-    if on_host:
+    if on_host:  # its episodes are not in a checkpoint
         play, policy, learn = rollout_on_host, jax.jit(jax.vmap(policy)), jax.jit(jax.vmap(learn))
         state = state._replace(obs=start(state.key, env, args.num_envs)[1], running_return=0 * state.running_return)
 

@@ -14,7 +14,7 @@ RF, VPG, PPO = ["reinforce"], ["vpg_advantage"], ["ppo"]
 RFJ, VPGJ, PPOJ = ["reinforce_jax"], ["vpg_advantage_jax"], ["ppo_jax"]
 AC, ACJ = VPG + PPO, VPGJ + PPOJ
 ALL, ALLJ = RF + AC, RFJ + ACJ
-DECAY, CLIP = "decay = gamma * gae_lambda * (1 - done)", "ratio.clamp(1 - clip_coef, 1 + clip_coef)"
+DECAY, CLIP = "decay = gamma * gae_lambda * (1 - done)", "ratio.clip(1 - clip_coef, 1 + clip_coef)"
 ADVJ, CLIPJ = "gamma * gae_lambda * (1 - done_t) * adv", "ratio.clip(1 - clip_coef, 1 + clip_coef)"
 FINAL_OBS = 'next_obs[info["_final_obs"]] = np.stack(info["final_obs"][info["_final_obs"]])'
 MUTANTS = [
@@ -41,7 +41,7 @@ MUTANTS = [
     (VPG + VPGJ, "0.5 * error.mean()", "error.mean()", "math test_value_loss"),
     (PPO, "-torch.min(ratio", "-torch.max(ratio", "math ppo_policy_loss_cases"),
     (PPOJ, "-jnp.minimum(ratio", "-jnp.maximum(ratio", "math ppo_policy_loss_cases"),
-    (PPO, CLIP, "ratio.clamp(1 - clip_coef, 1)", "math ppo_policy_loss_cases"),
+    (PPO, CLIP, "ratio.clip(1 - clip_coef, 1)", "math ppo_policy_loss_cases"),
     (PPOJ, CLIPJ, "ratio.clip(1, 1 + clip_coef)", "math ppo_policy_loss_cases"),
     (PPO, "ratio = (logp - logp_old)", "ratio = (logp_old - logp)", "math ppo_policy_loss_cases"),
     (PPOJ, "ratio = jnp.exp(logp - logp_old)", "ratio = jnp.exp(logp_old - logp)", "math ppo_policy_loss_cases"),
@@ -59,13 +59,13 @@ MUTANTS = [
     (ACJ, "critic.value(next_obs)", "critic.value(obs)", "parity one_update"),
     (AC, "self.obs_stats.normalize(obs) if self.norm_obs else obs", "obs", "update values_of_final"),
     (ACJ, "state.obs_stats.normalize(obs) if args.norm_obs else obs", "obs", "jax sampled_actions"),
-    (AC, "(self.var + 1e-8).sqrt()).clamp(-10, 10)", "(self.var + 1e-8).sqrt())", "update values_of_final"),
+    (AC, "(self.var + 1e-8).sqrt()).clip(-10, 10)", "(self.var + 1e-8).sqrt())", "update values_of_final"),
     (ACJ, "jnp.sqrt(self.var + 1e-8)).clip(-10, 10)", "jnp.sqrt(self.var + 1e-8))", "parity one_update and norm_obs"),
     (AC, " + w * (1 - w) * delta**2", "", "update observation_statistics"),
     (ACJ, " + w * (1 - w) * delta**2", "", "parity one_update and norm_obs"),
     (AC, "running, agent.running_return =", "running, _ =", "update reward_scaling"),
     (ACJ, "running_return=carry, ", "", "parity one_update and norm_obs"),
-    (AC, "return_stats.var + 1e-8).sqrt()).clamp(-10, 10)", "return_stats.var + 1e-8).sqrt())", "update reward_sc"),
+    (AC, "return_stats.var + 1e-8).sqrt()).clip(-10, 10)", "return_stats.var + 1e-8).sqrt())", "update reward_sc"),
     (ACJ, "return_stats.var + 1e-8)).clip(-10, 10)", "return_stats.var + 1e-8))", "parity one_update and norm_obs"),
     (PPO, "history[-args.num_minibatches :]]", "history[-1:]]", "update target_kl"),
     (PPO, "if not history or args.recompute_adv", "if not history", "update recomputed"),
