@@ -325,6 +325,7 @@ def update(agent: Agent, optimizer, loss_fn, batch: Batch, args: Args):
                 adv = gae(reward, value, next_value, terminated, done, args.gamma, args.gae_lambda)
             ret = adv + value  # V_t^targ, the lambda-return
             data = [x.flatten(0, 1) for x in (obs, action, adv, ret, logp, value)]
+            ret, value = gather(ret), gather(value)  # of all ranks, for the log
         explained = 1 - (ret - value).var(correction=0) / (ret.var(correction=0) + 1e-8)
         order = torch.randperm(args.batch_size, device=device)
         for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in data)):
