@@ -161,7 +161,7 @@ def test_ray_cluster_that_loses_a_machine():
 
 def parse(command):
     script, *flags = shlex.split(command)
-    return tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+    return tyro.cli(importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args, args=flags)
 
 
 @pytest.mark.parametrize("e", run.experiments(TOOLS), ids=lambda e: e.name)
