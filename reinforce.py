@@ -128,7 +128,7 @@ def mlp(sizes, activation, gain):
 
 
 class Agent(nn.Module):
-    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state."""
+    """Policy, a softmax or a diagonal Gaussian of state-independent deviations (0.6 at first)."""
 
     def __init__(self, envs, args: Args):
         super().__init__()
@@ -136,7 +136,7 @@ class Agent(nn.Module):
         self.discrete = isinstance(space, gym.spaces.Discrete)
         action_size = int(space.n) if self.discrete else space.shape[0]
         self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
+        self.log_std = None if self.discrete else nn.Parameter(torch.full((action_size,), -0.5))
         self.temperature = args.temperature if self.discrete else 1.0
 
     def act(self, obs, greedy=False):

@@ -180,7 +180,7 @@ def mlp(sizes, activation, gain):
 
 
 class Agent(nn.Module):
-    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state."""
+    """Policy, a softmax or a diagonal Gaussian of state-independent deviations (0.6 at first)."""
 
     space: gym.Space
     args: Args
@@ -191,7 +191,7 @@ class Agent(nn.Module):
             raise ValueError(f"--env-id {self.args.env_id}: actions {self.space}, not Discrete or a Box of one axis")
         action_size = int(self.space.n) if self.discrete else self.space.shape[0]
         self.actor = mlp((*self.args.hidden_sizes, action_size), self.args.activation, gain=0.01)
-        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (action_size,))
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.constant(-0.5), (action_size,))
         self.temperature = self.args.temperature if self.discrete else 1.0
 
     def act(self, obs, key, greedy=False):

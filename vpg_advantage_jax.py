@@ -201,7 +201,7 @@ class RunningMeanStd(NamedTuple):
 
 
 class Agent(nn.Module):
-    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
+    """Policy, a softmax or a diagonal Gaussian of state-independent deviations (0.6 at first), and value network."""
 
     space: gym.Space
     args: Args
@@ -213,7 +213,7 @@ class Agent(nn.Module):
         action_size = int(self.space.n) if self.discrete else self.space.shape[0]
         self.actor = mlp((*self.args.hidden_sizes, action_size), self.args.activation, gain=0.01)
         self.critic = mlp((*self.args.hidden_sizes, 1), self.args.activation, gain=1.0)
-        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.zeros, (action_size,))
+        self.log_std = None if self.discrete else self.param("log_std", nn.initializers.constant(-0.5), (action_size,))
 
     def value(self, obs):
         """V(s): [..., D] -> [...]."""

@@ -173,7 +173,7 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """Policy, a softmax or a diagonal Gaussian whose deviations do not depend on the state, and value network."""
+    """Policy, a softmax or a diagonal Gaussian of state-independent deviations (0.6 at first), and value network."""
 
     def __init__(self, envs, args: Args):
         super().__init__()
@@ -182,7 +182,7 @@ class Agent(nn.Module):
         action_size = int(space.n) if self.discrete else space.shape[0]
         self.actor = mlp((obs_size, *args.hidden_sizes, action_size), args.activation, gain=0.01)
         self.critic = mlp((obs_size, *args.hidden_sizes, 1), args.activation, gain=1.0)
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(action_size))
+        self.log_std = None if self.discrete else nn.Parameter(torch.full((action_size,), -0.5))
         self.norm_obs = args.norm_obs
         self.obs_stats = RunningMeanStd(obs_size)
         self.return_stats = RunningMeanStd(1)

@@ -86,7 +86,7 @@ def noise(name, kind, *rows):
 
 @each_pair
 def test_initial_weights(name):
-    """Every layer starts at the same scale, which is that of all singular values; biases and log deviations at 0."""
+    """Every layer starts at the same scale, which is that of all singular values; biases and log deviations, too."""
     twins, obs = Twins(name, "continuous", hidden_sizes=(32, 16)), jnp.zeros((N, D))
     arguments = (obs,) if name == "reinforce" else (None, obs)
     params = twins.jax.init_state(jax.random.PRNGKey(3), *arguments, twins.jax_agent).params

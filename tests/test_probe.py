@@ -59,5 +59,5 @@ def test_continuous_policy(script):
     """The mean action is within 0.1 of the best one, which is half of the observation."""
     _, _, result = train(script, "MatchObsContinuous")
     assert (result.eval_returns > -(0.1**2)).all()
-    # With deviation 1 at least -1 is lost; 256 chi-squared numbers have a mean within 0.18 in 19 cases of 20.
-    assert result.episode_returns[:256].mean() < -0.8 < -0.7 < result.episode_returns[-256:].mean()
+    # The first deviation, 0.6, costs 0.37 by itself; REINFORCE lowers it 16 times within the first 256 episodes.
+    assert result.episode_returns[:256].mean() < -0.3 < -0.05 < result.episode_returns[-256:].mean()

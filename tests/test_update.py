@@ -192,7 +192,7 @@ def test_sampled_actions(script):
 @ALL
 def test_initialisation(script):
     """W W^T (or W^T W, where that is the smaller) is gain^2 I, with gains sqrt 2, ..., 0.01 for the policy and 1 for
-    the value; biases and log deviations are 0."""
+    the value; biases are 0, log deviations -0.5."""
     agent = Run(script, "Pendulum-v1", hidden_sizes=(5, 7, 3)).agent
     networks = {"actor": 0.01} if script is reinforce else {"actor": 0.01, "critic": 1.0}
     for name, last_gain in networks.items():
@@ -202,7 +202,7 @@ def test_initialisation(script):
             w = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
             close(w @ w.T, gain**2 * np.eye(len(w)), 1e-5 * gain**2)
             assert not layer.bias.any()
-    assert not agent.log_std.any()
+    assert (agent.log_std == -0.5).all()
 
 
 # ==== Statistics ====
