@@ -1,5 +1,5 @@
-"""The programs of others that speed.py measures, as comparisons.toml calls them. Like `ours` there, each trains in this
-process and returns its marks: (time, environment steps done) at the ends of updates."""
+"""The programs of others that speed.py measures, as comparisons.toml calls them, and two limits of what a processor can
+do. Like `ours` there, each returns its marks: (time, environment steps done) at the ends of updates."""
 
 import importlib
 import math
@@ -96,3 +96,27 @@ def purejaxrl(path: str, steps: int, num_envs: int, seed: int, num_seeds: int = 
     start = time.time()
     jax.block_until_ready(program(keys))
     return [(start, 0), (time.time(), steps * num_seeds)]
+
+
+def stepping(env_id: str, num_envs: int, steps: int, seed: int) -> list:
+    """A limit where Gymnasium steps the environments: these alone, bare of our wrappers, with random actions."""
+    envs = gym.make_vec(env_id, num_envs)
+    envs.reset(seed=seed)
+    actions, start = [envs.action_space.sample() for _ in range(128)], time.time()
+    for step in range(steps // num_envs):
+        envs.step(actions[step % 128])
+    return [(start, 0), (time.time(), steps)]
+
+
+def products(num_envs: int, steps: int, seed: int) -> list:
+    """A limit of the update with the flags {cartpole}: the matrix products of both networks, forward and backward."""
+    rng, rows, layers = np.random.default_rng(seed), num_envs * 128 // 4, []
+    for n, m in ((4, 64), (64, 64), (64, 2), (4, 64), (64, 64), (64, 1)):
+        layers.append([rng.random(shape, np.float32) for shape in ((rows, n), (n, m), (rows, m))])
+    start = time.time()
+    for _ in range(4 * steps // rows):  # each row in four epochs
+        for x, weights, gradient in layers:
+            x @ weights, x.T @ gradient
+            if x.shape[1] > 4:  # observations need no gradient
+                gradient @ weights.T
+    return [(start, 0), (time.time(), steps)]

@@ -75,8 +75,6 @@ def main(
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False, layout="constrained")
     for axis, source in zip(axes.flat, sources):
         chosen = [e for e in experiments(folder) if source in (e.table, e.name) and finished(e, folder)]
-        if not chosen:
-            sys.exit(f"error: {source} has no results in {folder}")
         if kind == "curves":
             curves(axis, chosen, folder, share_above)
         elif kind == "moving-average":

@@ -40,6 +40,7 @@ from typing import Annotated, Any, Literal
 import gymnasium as gym
 import numpy as np
 import tyro
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -242,8 +243,6 @@ class Args:
 
 
 def main(args: Args) -> int:
-    from joblib import Parallel, delayed  # here, for table.py and plot.py do without
-
     os.environ["TQDM_DISABLE"] = "1"  # the runs' bars; tqdm read it on import, so not this one's
     (args.folder / "results").mkdir(exist_ok=True)
     tasks, failed = [], 0

@@ -36,7 +36,7 @@ from benchmarks.table import made_with, markdown, put_into
 SCRIPTS = ("reinforce", "vpg_advantage", "ppo", "reinforce_jax", "vpg_advantage_jax", "ppo_jax")
 NUM_ENVS = (1, 4, 16, 64, 256, 1024, 4096)  # of the figure
 PACKAGES = ("torch", "jax", "flax", "gymnasium", "gymnax", "stable-baselines3", "sbx-rl")
-KEYS = {"speed": ["comparison"], "scaling": ["script", "num_envs"], "defaults": ["command"]}
+KEYS = {"speed": ["comparison"], "scaling": ["script", "num_envs"]}
 
 
 def ours(script: str, flags: list[str]) -> list:
@@ -97,9 +97,8 @@ def compare(name: str, pair: dict, words: dict) -> dict:
     row |= {"ours": median(ours, quantity, 4), "ours_start": median(ours, "start")}
     row |= {"peer": median(peer, quantity, 4), "peer_start": median(peer, "start")}
     row |= {"ratio": f"{np.median(ratios):.3g}", "lowest": f"{ratios.min():.3g}", "highest": f"{ratios.max():.3g}"}
-    query = ["nvidia-smi", "--id=0", "--query-gpu=name", "--format=csv,noheader"]
-    on_gpu = "--cuda" in pair["ours"]
-    return row | {"processor": subprocess.check_output(query, text=True).strip() if on_gpu else processor()}
+    query = "nvidia-smi --id=0 --query-gpu=name --format=csv,noheader"
+    return row | {"processor": subprocess.getoutput(query) if "--cuda" in pair["ours"] else processor()}
 
 
 def scale(script: str, num_envs: int) -> dict:
@@ -110,13 +109,6 @@ def scale(script: str, num_envs: int) -> dict:
     command = f"{script}.py --num-envs {num_envs} {flag} --total-timesteps {steps} --eval-episodes 0 --save-every 0"
     result = measure(command, 2)
     return {"script": script, "num_envs": num_envs} | {name: f"{result[name]:.4g}" for name in ("speed", "memory")}
-
-
-def by_default(command: str) -> dict:
-    """A row of defaults.csv."""
-    results = [measure(f"{command} --eval-episodes 0", 2) for _ in range(3)]
-    row = {"command": command, "start": median(results, "start"), "speed": median(results, "speed")}
-    return row | {"runs": len(results), "processor": processor()}
 
 
 def comparisons(rows: list[dict[str, str]]) -> str:
@@ -135,11 +127,8 @@ def report(headlines: list[str], readme: Path | None) -> None:
     """SPEED.md, speed.png and the README's table."""
     import matplotlib.pyplot as plt  # here, for what is imported above counts as a worker's time to start
 
-    speeds, scaling, defaults = (read(HERE / f"results/{name}.csv") for name in KEYS)
-    lines = [made_with(HERE / "results/speed.json"), comparisons(speeds)]
-    lines += ["Default flags, two cores; seconds until the first update, and steps per second after it:\n"]
-    lines += [markdown(list(defaults[0]), [row.values() for row in defaults])]
-    put_into(HERE / "SPEED.md", "speed.py", "\n".join(lines))
+    speeds, scaling = (read(HERE / f"results/{name}.csv") for name in KEYS)
+    put_into(HERE / "SPEED.md", "speed.py", f"{made_with(HERE / 'results/speed.json')}\n{comparisons(speeds)}")
     if readme is not None:
         put_into(readme, "speed.py", comparisons([row for row in speeds if row["comparison"] in headlines]))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -166,7 +155,7 @@ def add(kind: str, row: dict) -> None:
 class Args:
     """Measure, and write the tables and the figure."""
 
-    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of a comparison, or scaling/SCRIPT, defaults/SCRIPT
+    words: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # of a comparison, or scaling/SCRIPT
     cleanrl: Path | None = None  # checkout of vwxyzjn/cleanrl
     leanrl: Path | None = None  # checkout of pytorch-labs/LeanRL
     purejaxrl: Path | None = None  # checkout of luchris429/purejaxrl
@@ -184,12 +173,8 @@ def main(args: Args) -> None:
         if chosen(name) and known and ("--cuda" in pair["ours"]) == ("cuda" in args.words):
             add("speed", compare(name, pair, words))
     for script in SCRIPTS:
-        if chosen(f"scaling/{script}"):
-            for num_envs in NUM_ENVS:
-                add("scaling", scale(script, num_envs))
-        if chosen(f"defaults/{script}"):
-            for flag in ("", " --env-backend gymnasium") if script.endswith("_jax") else ("",):
-                add("defaults", by_default(f"{script}.py{flag}"))
+        for num_envs in NUM_ENVS if chosen(f"scaling/{script}") else ():
+            add("scaling", scale(script, num_envs))
     report([name for name, pair in pairs.items() if "headline" in pair], args.readme)
 
 
