@@ -100,7 +100,7 @@ def purejaxrl(path: str, steps: int, num_envs: int, seed: int, num_seeds: int = 
 
 def stepping(env_id: str, num_envs: int, steps: int, seed: int) -> list:
     """A limit where Gymnasium steps the environments: these alone, bare of our wrappers, with random actions."""
-    envs = gym.make_vec(env_id, num_envs)
+    envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
     envs.reset(seed=seed)
     actions, start = [envs.action_space.sample() for _ in range(128)], time.time()
     for step in range(steps // num_envs):
