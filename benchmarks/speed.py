@@ -173,8 +173,9 @@ def main(args: Args) -> None:
         if chosen(name) and known and ("--cuda" in pair["ours"]) == ("cuda" in args.words):
             add("speed", compare(name, pair, words))
     for script in SCRIPTS:
-        for num_envs in NUM_ENVS if chosen(f"scaling/{script}") else ():
-            add("scaling", scale(script, num_envs))
+        if chosen(f"scaling/{script}"):
+            for num_envs in NUM_ENVS:
+                add("scaling", scale(script, num_envs))
     report([name for name, pair in pairs.items() if "headline" in pair], args.readme)
 
 

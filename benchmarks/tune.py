@@ -65,7 +65,6 @@ def final_returns(script: str, flags: str, seed: int, num_seeds: int) -> list[fl
 
 
 def main() -> None:
-    """Search until there are enough trials."""
     args, rest = tyro.cli(Args, return_unknown_args=True)
     known = importlib.import_module(args.script).Args.__dataclass_fields__
     given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in rest}
