@@ -19,7 +19,8 @@ nothing follows; `done` ends the sum in `gae`.
 [1] Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
 [2] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
 
-Functions are of one agent, vmapped to S = num_seeds. T = num_steps, N = num_envs; D, A: sizes of obs and Box action.
+Functions are of one agent; vmap makes S = num_seeds of it. T = num_steps, N = num_envs; D and A are the sizes of an
+observation and a Box action.
 
 Run: python ppo_jax.py --env-id CartPole-v1. Diff: vpg_advantage_jax.py (what clipping adds), ppo.py (in PyTorch).
 """
@@ -131,8 +132,7 @@ def make_env(args: Args, video_dir=None):
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir)
-    flat = gym.spaces.flatten_space(env.observation_space) == env.observation_space
-    return gym.wrappers.RecordEpisodeStatistics(env if flat else gym.wrappers.FlattenObservation(env))
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
 def make_envs(args: Args, num_envs, video_dir=None):
@@ -163,7 +163,7 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # refused once JAX runs, as from the import of gymnax on
+    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
@@ -264,8 +264,8 @@ class State(NamedTuple):
     return_stats: RunningMeanStd
     running_return: Array  # [N] the carry of `running_returns`
     key: Array
-    step: Array  # environment steps
-    env_state: Any  # of the N environments, if written in JAX
+    step: Array  # environment steps so far
+    env_state: Any  # of the N environments, if they are written in JAX
     obs: Array  # [N, D] current observations
     episode: Array  # [N, 2] undiscounted return and length of the episodes so far
 
@@ -385,7 +385,7 @@ def loss_fn(params, minibatch, agent: Agent, args: Args):
 
 
 def shuffle(key, size):
-    """A permutation of range(size), by sorting numbers: on a CPU far faster than jax.random.permutation."""
+    """A permutation of range(size), by sorting single numbers: on a CPU far faster than jax.random.permutation."""
     numbers = jax.random.bits(key, (size,)) // (2 * size) * size + jnp.arange(size, dtype=jnp.uint32)
     return jnp.sort(numbers) % size
 
@@ -433,7 +433,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args):
 
 # ==== Training ====
 def start(keys, env, num_envs):
-    """New episodes in N environments of each agent: env_state and obs, [S, N, ...]."""
+    """New episodes in N environments of each agent, by the agents' keys: env_state and obs, [S, N, ...]."""
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2**31), num_envs))(keys)  # used nowhere else
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())

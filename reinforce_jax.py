@@ -123,8 +123,7 @@ def make_env(args: Args, video_dir=None):
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir)
-    flat = gym.spaces.flatten_space(env.observation_space) == env.observation_space
-    return gym.wrappers.RecordEpisodeStatistics(env if flat else gym.wrappers.FlattenObservation(env))
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
 def make_envs(args: Args, num_envs, video_dir=None):
@@ -155,7 +154,7 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # refused once JAX runs, as from the import of gymnax on
+    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
@@ -231,7 +230,7 @@ class State(NamedTuple):
     params: dict
     opt_state: optax.OptState
     key: Array
-    step: Array  # environment steps
+    step: Array  # environment steps so far
 
 
 # ==== Math ====

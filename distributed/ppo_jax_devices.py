@@ -141,8 +141,7 @@ def make_env(args: Args, video_dir=None):
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir)
-    flat = gym.spaces.flatten_space(env.observation_space) == env.observation_space
-    return gym.wrappers.RecordEpisodeStatistics(env if flat else gym.wrappers.FlattenObservation(env))
+    return gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 
 
 def make_envs(args: Args, num_envs, video_dir=None):
@@ -173,7 +172,7 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # refused once JAX runs, as from the import of gymnax on
+    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
@@ -278,8 +277,8 @@ class State(NamedTuple):
     return_stats: RunningMeanStd
     running_return: Array  # [N] the carry of `running_returns`
     key: Array
-    step: Array  # environment steps
-    env_state: Any  # of the N environments, if written in JAX
+    step: Array  # environment steps so far
+    env_state: Any  # of the N environments, if they are written in JAX
     obs: Array  # [N, D] current observations
     episode: Array  # [N, 2] undiscounted return and length of the episodes so far
 
@@ -400,7 +399,7 @@ def loss_fn(params, minibatch, agent: Agent, args: Args):
 
 
 def shuffle(key, size):
-    """A permutation of range(size), by sorting numbers: on a CPU far faster than jax.random.permutation."""
+    """A permutation of range(size), by sorting single numbers: on a CPU far faster than jax.random.permutation."""
     numbers = jax.random.bits(key, (size,)) // (2 * size) * size + jnp.arange(size, dtype=jnp.uint32)
     return jnp.sort(numbers) % size
 
@@ -450,7 +449,7 @@ def update(state: State, batch: Batch, agent: Agent, args: Args):
 
 # ==== Training ====
 def start(keys, env, num_envs):
-    """New episodes in N environments of each agent: env_state and obs, [S, N, ...]."""
+    """New episodes in N environments of each agent, by the agents' keys: env_state and obs, [S, N, ...]."""
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2**31), num_envs))(keys)  # used nowhere else
     if isinstance(env, gym.vector.VectorEnv):
         obs, _ = env.reset(seed=keys[..., 0].ravel().tolist())

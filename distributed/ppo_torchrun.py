@@ -122,8 +122,7 @@ def make_env(args: Args, video_dir=None):
         env.reset()
         env.render()  # if it cannot be filmed, fail before training
         env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda _: True)
-    flat = gym.spaces.flatten_space(env.observation_space) == env.observation_space
-    env = gym.wrappers.RecordEpisodeStatistics(env if flat else gym.wrappers.FlattenObservation(env))
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
     space = env.action_space
     if isinstance(space, gym.spaces.Discrete):
         return gym.wrappers.TransformAction(env, lambda action: action + space.start, space)
