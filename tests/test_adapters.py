@@ -110,6 +110,7 @@ def test_freeway_is_cut_not_terminated():
     assert not batch.terminated.any() and np.array_equal(np.flatnonzero(batch.done.any(1)), [2501])
 
 
+@pytest.mark.slow
 def test_trains_and_resumes(library):
     """To the last bit, all that is saved, in the midst of episodes."""
     flags = {"env_id": LIBRARIES[library][0], "anneal_lr": False, "eval_episodes": 0}
