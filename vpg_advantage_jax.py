@@ -160,7 +160,7 @@ class GymnaxEnv:
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
     with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
+        jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))  # idle ones cost time
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
         return None
@@ -498,7 +498,7 @@ def train(args: Args) -> Result:
         state, metrics = learn(state, batch)
         return state, (batch.done, batch.episode, metrics)
 
-    # iterations per call: each call costs 1 ms of Python, a third of a small iteration
+    # iterations per call, which costs 1 ms of Python: a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if (args.total_timesteps - step) // args.batch_size % k == 0)
     run = iterate if on_host else jax.jit(jax.vmap(partial(jax.lax.scan, iterate, length=length)))
     writer = SummaryWriter(str(run_dir), purge_step=step + 1)

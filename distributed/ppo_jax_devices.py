@@ -539,7 +539,7 @@ def train(args: Args) -> Result:
         state, metrics = learn(state._replace(key=key), batch)  # and learns the same
         return state, (*jax.lax.all_gather((batch.done, batch.episode), "devices", axis=1, tiled=True), metrics)
 
-    # iterations per call: each call costs 1 ms of Python, a third of a small iteration
+    # iterations per call, which costs 1 ms of Python: a third of a small iteration
     length = 1 if on_host else max(k for k in range(1, 17) if (args.total_timesteps - step) // args.batch_size % k == 0)
     specs = {"in_specs": (spec,), "out_specs": (spec, jax.P())}  # each device has some of the environments
     run = jax.vmap(partial(jax.lax.scan, iterate, length=length))
