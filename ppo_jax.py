@@ -163,8 +163,8 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
-        jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))  # idle ones cost time
+    with suppress(RuntimeError):  # refused once JAX runs; importing gymnax starts it
+        jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))  # cores; idle ones cost time
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if args.env_backend == "gymnasium":
         return None

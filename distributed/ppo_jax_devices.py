@@ -172,7 +172,7 @@ class GymnaxEnv:
 
 def make_jax_env(args: Args):
     """The environment in JAX, from make_jax_env(Id) of the module or from gymnax; None if Gymnasium is to step it."""
-    with suppress(RuntimeError):  # refused once JAX runs, as it does from the import of gymnax on
+    with suppress(RuntimeError):  # refused once JAX runs; importing gymnax starts it
         jax.config.update("jax_num_cpu_devices", os.cpu_count())  # each core a device
         jax.config.update("jax_platforms", None if args.cuda else "cpu")
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
